@@ -1,0 +1,12 @@
+# T_0 on stanfordnlp/SHP with the source's model: 1 layer, 8 heads, 1024 channels (--n_embd=64 for its small one).
+# torchrun --nproc_per_node=8 train.py config/t0_shp.py      after: python prepare_shp.py
+# Not measured yet on this data and hardware.
+out_dir = 'out/t0_shp'
+taylor_order = 0
+n_layer, n_head, n_embd = 1, 8, 1024
+cut, block_size = 'examples', 128
+batch_size = 256
+epochs = 4
+eval_interval = 500
+learning_rate, min_lr, warmup_iters = 1e-3, 1e-4, 200
+weight_decay, grad_clip = 0.0, 10.0

@@ -1,0 +1,5 @@
+# T_0 on the embedded toy data, a first run for any CPU: 2 layers x 128 channels, bytes.
+# python train.py config/toy_t0.py
+out_dir = 'out/toy_t0'
+source = 'toy'
+taylor_order = 0

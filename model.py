@@ -1,0 +1,272 @@
+"""The transformer, its key-value cache, generation, and checkpoints in and out.
+
+A GPT-2: pre-LayerNorm blocks, tanh-GELU, learned positions (Radford et al. 2019). `forward` returns hidden states and
+`logits` is apart, so that training can put head and loss together (losses.linear_taylor_loss).
+"""
+import math
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import Refusal
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int
+    block_size: int = 256
+    n_layer: int = 1
+    n_head: int = 8
+    n_embd: int = 64
+    dropout: float = 0.0
+    bias: bool = True
+    tie_weights: bool = True
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd} does not divide by n_head={self.n_head}; '
+                             f'pick a multiple of {self.n_head}')
+
+    @property
+    def padded_vocab_size(self):  # a multiple of 64 keeps the head's matrix products fast
+        return -(-self.vocab_size // 64) * 64
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in place: (n_layer, B, n_head, T, C / n_head). Rows may be ragged."""
+
+    def __init__(self, config, batch_size, max_tokens, device, dtype):
+        shape = config.n_layer, batch_size, config.n_head, max_tokens, config.n_embd // config.n_head
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens of each row
+        self.longest = 0                                                        # their maximum, known without a sync
+
+    def write(self, layer, k, v, positions):
+        """k, v (B, n_head, T, D) at positions (B, T) -> all keys and values up to the longest row."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[layer, :, :, :self.longest].to(k.dtype), self.v[layer, :, :, :self.longest].to(v.dtype)
+
+    def keep_rows(self, rows):
+        self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, mask, layer, positions, cache):
+        B, T, C = x.shape
+        q, k, v = (h.view(B, T, self.n_head, -1).transpose(1, 2) for h in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            k, v = cache.write(layer, k, v, positions)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias),
+                                      c_proj=nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)))
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask, layer, positions, cache):
+        x = x + self.drop(self.attn(self.ln_1(x), mask, layer, positions, cache))
+        return x + self.drop(self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate='tanh')))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        for name, p in self.named_parameters():
+            if p.ndim == 2:  # GPT-2's own: residual branches start smaller, the deeper the model
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+
+    def forward(self, idx, positions=None, mask=None, cache=None):
+        """Token ids idx (B, T) -> hidden states (B, T, C) after the last LayerNorm.
+
+        positions (B, T) or (T,): default 0..T-1, or behind the cache's tokens. mask (.., T, S): True where a query may
+        look at a key; default causal. Raises ValueError if T exceeds block_size.
+        """
+        T, longest = idx.shape[1], idx.shape[1] + (cache.longest if cache else 0)
+        if longest > self.config.block_size:
+            raise ValueError(f'{longest} tokens do not fit into block_size={self.config.block_size}; shorten the text')
+        if positions is None:
+            positions = torch.arange(T, device=idx.device)
+            if cache is not None:
+                positions = positions + cache.length[:, None]
+        if cache is not None:
+            cache.longest = longest
+            mask = (torch.arange(longest, device=idx.device) <= positions[..., None])[:, None]
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, mask, layer, positions, cache)
+        if cache is not None:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def logits(self, hidden):
+        """hidden (..., C) -> float32 logits (..., V) over the padded vocabulary; the padding is -inf."""
+        logits = self.lm_head(hidden).float()
+        logits[..., self.config.vocab_size:] = -torch.inf
+        return logits
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, eot=None, generator=None,
+                 transform=None, on_token=None):
+        """Continues each prompt, a list of token ids; their lengths may differ. Returns the lists of new ids.
+
+        A row ends with the id `eot` (which it then holds), after max_new_tokens, or where the block is full. Row b
+        draws its t-th token with the uniform number u[b, t] of torch.rand((B, max_new_tokens), generator=generator),
+        a CPU generator: a row's sample depends neither on when the others end nor on how the batch is cut.
+        temperature 0 takes the likeliest token; top_k 0 keeps all. transform: log-probabilities -> log-probabilities,
+        applied before both (see losses.taylor_link). on_token(row, id) sees each token as it comes.
+        Raises ValueError on an empty prompt or one that leaves no room in the block.
+        """
+        for b, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self.config.block_size:
+                raise ValueError(f'prompt {b} has {len(prompt)} tokens; between 1 and {self.config.block_size - 1} fit '
+                                 f'into block_size={self.config.block_size} with room for an answer')
+        if not prompts:
+            return []
+        device, was_training = self.lm_head.weight.device, self.training
+        self.eval()
+        uniform = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)
+        length = torch.tensor([len(p) for p in prompts], device=device)
+        idx = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
+        max_tokens = min(idx.shape[1] + max_new_tokens, self.config.block_size)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        cache = KVCache(self.config, len(prompts), max_tokens, device, dtype)
+        answers = [[] for _ in prompts]
+        rows = list(range(len(prompts)))  # the prompts still running, in the order of the batch
+        hidden = self(idx, cache=cache)[torch.arange(len(prompts), device=device), length - 1]
+        cache.length = length             # behind it lies padding, which each row's own tokens overwrite
+        for t in range(max_new_tokens):
+            logits = self.logits(hidden)
+            if transform is not None:
+                logits = transform(logits.log_softmax(-1))
+            token = sample_token(logits, uniform[rows, t], temperature, top_k)
+            running = []
+            for i, (b, id) in enumerate(zip(rows, token.tolist())):
+                answers[b].append(id)
+                if on_token is not None:
+                    on_token(b, id)
+                if id != eot and len(prompts[b]) + len(answers[b]) < self.config.block_size:
+                    running.append(i)
+            if not running:
+                break
+            if len(running) < len(rows):
+                cache.keep_rows(running)
+                token, rows = token[running], [rows[i] for i in running]
+                cache.longest = max(len(prompts[b]) + len(answers[b]) for b in rows) - 1
+            hidden = self(token[:, None], cache=cache)[:, -1]
+        self.train(was_training)
+        return answers
+
+    def flops_per_token(self, T):
+        """FLOPs of a training step per token: 6 a weight that multiplies, 12 C T a layer for attention (PaLM, app. B)."""
+        c = self.config
+        return 6 * (12 * c.n_layer * c.n_embd ** 2 + c.padded_vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
+
+
+def sample_token(logits, uniform, temperature=1.0, top_k=0):
+    """Inverse-CDF sampling: logits (B, V), uniform (B,) in [0, 1) -> ids (B,). An id with logit -inf never comes."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    cdf = logits.softmax(-1).cumsum(-1)
+    total = cdf[:, -1:]
+    # strictly below the total, so that a later id of probability 0 is out of reach even after rounding
+    u = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, u, right=True)[:, 0]
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(out_dir, state, name=None, keep=2):
+    """Writes `state` (tensors and primitives, with 'step') to out_dir/name, default ckpt_{step:08d}.pt, all or nothing.
+
+    A temporary file in the same folder is written, synced, checked and renamed: a kill at any moment leaves the old
+    files whole. Of the numbered checkpoints the last `keep` stay. Returns the path.
+    """
+    out_dir = Path(out_dir)
+    path = out_dir / (name or f'ckpt_{state["step"]:08d}.pt')
+    temporary = path.with_suffix(f'.tmp-{os.getpid()}')
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if problem := _damage(temporary):
+            raise Refusal(f'{temporary} was not written correctly ({problem}); is the disk sound?')
+        os.replace(temporary, path)
+    finally:
+        for rest in out_dir.glob('*.tmp-*'):  # of this save, if it failed, and of one that was killed
+            rest.unlink()
+    folder = os.open(out_dir, os.O_RDONLY)
+    os.fsync(folder)  # the rename too must survive a power cut
+    os.close(folder)
+    for old in sorted(out_dir.glob('ckpt_*.pt'))[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(where, name=None):
+    """The state in the file `where`, or in the folder `where`: its latest valid ckpt_*.pt, or the file `name` in it.
+
+    Only tensors and primitives are read (weights_only), onto the CPU. A damaged checkpoint is passed over with a
+    warning. Refuses where there is none, or none that is valid.
+    """
+    where = Path(where)
+    paths = [where] if where.is_file() else [where / name] if name else sorted(where.glob('ckpt_*.pt'), reverse=True)
+    if not paths or not paths[0].exists():
+        raise Refusal(f'there is no checkpoint {name or "ckpt_*.pt"} in {where}; train one with --out_dir={where}')
+    for path in paths:
+        problem = _damage(path)
+        if not problem:
+            try:
+                return torch.load(path, map_location='cpu', weights_only=True)
+            except Exception as error:  # whatever the unpickler makes of it, the file is of no use
+                problem = str(error).splitlines()[0]
+        print(f'warning: {path} is damaged ({problem}); it is not used', flush=True)
+    raise Refusal(f'there is no valid checkpoint in {where}: all are damaged; train again with --overwrite=True')
+
+
+def _damage(path):
+    """What is wrong with the zip archive that torch.save made, or None: torch.load itself checks no CRC."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+            return f'wrong checksum of {bad}' if bad else None
+    except (OSError, zipfile.BadZipFile) as error:
+        return str(error)

@@ -1,0 +1,175 @@
+"""metrics.jsonl of some runs -> one PNG: curves raw and smoothed, named by the options that tell the runs apart.
+
+    python plot.py out/toy_t0 out/toy_t1 out/toy_t2
+"""
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from configurator import Refusal, run
+
+SMOOTHING = 0.99  # of the moving average, for curves of 1000 points or more
+FEW_POINTS = 20   # below which a curve is drawn point by point, not smoothed
+COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#444444'  # Okabe & Ito: for all eyes
+INCIDENTAL = 'out_dir', 'resume', 'overwrite', 'stop_step', 'log_interval'  # options that name no run
+TRAIN = [  # title, unit, {metric: (line, its meaning)}; over tokens
+    ('Training cross-entropy', 'nats per token', {'train_ce': ('-', 'p')}),
+    ('Validation cross-entropy', 'nats per token', {
+        'val_ce': ('-', 'p'), 'val_ce_link': ('--', 'link(p)'), 'val_ce_leaked': (':', 'p, on leaked texts'),
+        'val_ce_clean': ('-.', 'p, on the other texts')})]
+PREFERENCE = [(title, unit, {metric: ('-', '')}) for metric, title, unit in [  # over steps
+    ('rank_accuracy', 'Ranking accuracy', 'share of held-out pairs'), ('margin', 'Margin', 'nats'),
+    ('kl', 'KL to the start', 'nats per answer'), ('entropy', 'Entropy', 'nats per token'),
+    ('answer_length', 'Length of answers', 'tokens'), ('eot_rate', 'Answers that end', 'share of answers'),
+    ('true_quality', 'True quality', 'mean over answers, 0 to 1'), ('reward', 'Reward', 'mean over answers'),
+    ('loss', 'Training loss', 'nats')]]
+STYLE = {'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
+         'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888', 'axes.labelcolor': '#555555',
+         'xtick.color': '#555555', 'ytick.color': '#555555', 'axes.grid': True, 'grid.color': '#e8e8e8',
+         'grid.linewidth': 0.6, 'legend.frameon': False}
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: tuple[str, ...] = ()  # the runs' folders; they need no flag: python plot.py out/a out/b
+    path: str = ''              # of the picture; '' = plot.png, or loss.png (preference.png) in a single run's folder
+
+    def check(self):
+        if not self.runs:
+            yield 'there is nothing to plot; name the folders of some runs: python plot.py out/toy_t0 out/toy_t2'
+        if self.path and not self.path.endswith('.png'):
+            yield f"path='{self.path}' is no PNG; let it end in .png"
+
+
+def read_metrics(out_dir):
+    """The lines of out_dir/metrics.jsonl as a list of dicts. Raises Refusal where there are none."""
+    path, events = Path(out_dir) / 'metrics.jsonl', []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise Refusal(f'{path} cannot be read ({error.strerror}); name the folder of a run') from None
+    for number, line in enumerate(lines, 1):
+        try:
+            events.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            if number < len(lines):
+                raise Refusal(f'{path} is damaged: line {number} is no JSON object; train that run again') from None
+            print(f'note: the last line of {path} is incomplete and left out')
+    if not events:
+        raise Refusal(f'{path} holds no metrics yet; let the run go on for a while')
+    return events
+
+
+def series(events, x, y):
+    """The points (x, y) of a metric in order, without those that are not finite numbers."""
+    points = [(event.get(x), event.get(y)) for event in events]
+    return [p for p in points if all(isinstance(v, (int, float)) and math.isfinite(v) for v in p)]
+
+
+def moving_average(values, beta):
+    """m_t = beta m_{t-1} + (1 - beta) x_t, divided by 1 - beta^t as in Adam (Kingma & Ba 2015): without that bias
+    correction the curve would set out from 0."""
+    m, smooth = 0.0, []
+    for t, x in enumerate(values, 1):
+        m = beta * m + (1 - beta) * x
+        smooth.append(m / (1 - beta ** t))
+    return smooth
+
+
+def labels(out_dirs):
+    """A name for each run: the options in which they differ where that is short and clear, else the folder."""
+    folders = [str(out_dir).replace('$', r'\$') for out_dir in out_dirs]
+    try:
+        configs = [json.loads((Path(out_dir) / 'config.json').read_text()) for out_dir in out_dirs]
+    except (OSError, ValueError):
+        return folders
+    keys = dict.fromkeys(['taylor_order', *(key for config in configs for key in config)])
+    differ = [key for key in keys if key not in INCIDENTAL and len({repr(config.get(key)) for config in configs}) > 1]
+    names = [', '.join(f'$T_{{{config[key]}}}$' if key == 'taylor_order' else f'{key}={config[key]}'.replace('$', r'\$')
+                       for key in differ if key in config) for config in configs]
+    return names if len(set(names)) == len(names) and all(0 < len(name) <= 60 for name in names) else folders
+
+
+def draw(ax, curves):
+    """Curves [(points, colour, line)]: raw, thin and faded under their moving average, or few points as they are.
+
+    The average spans at most a tenth of the longest curve: over 100 points, one of 0.99 would end far above them.
+    """
+    longest = max(len(points) for points, _, _ in curves)
+    beta = min(SMOOTHING, 1 - 10 / longest) if longest >= FEW_POINTS else 0
+    for points, colour, line in curves:
+        x, y = zip(*points)
+        if beta:
+            ax.plot(x, y, line, color=colour, linewidth=0.8, alpha=0.3)
+            ax.plot(x, moving_average(y, beta), line, color=colour, linewidth=1.7)
+        else:
+            ax.plot(x, y, line, color=colour, linewidth=1.4, marker='o', markersize=3.5,
+                    markerfacecolor=colour if line == '-' else 'white')
+    if beta:
+        ax.set_title(f'moving average {beta:.2f}', loc='right', fontsize=8, fontweight='normal', color='#888888')
+
+
+def plot(out_dirs, path=''):
+    """Draws runs into one PNG and returns its path ('': as in Config). Raises Refusal where a run has no metrics."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure  # not pyplot: it would look for a screen
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import EngFormatter
+    except ImportError:
+        raise Refusal('a plot needs matplotlib: pip install matplotlib') from None
+    if len(out_dirs) > len(COLOURS):
+        raise Refusal(f'{len(out_dirs)} runs are too many to tell apart in one picture; plot at most {len(COLOURS)}')
+    runs = [read_metrics(out_dir) for out_dir in out_dirs]
+    kinds = {any('rank_accuracy' in event for event in events) for events in runs}
+    if len(kinds) > 1:
+        raise Refusal('only some of these are preference runs, which share no metric with the others; plot them apart')
+    preference, = kinds
+    x = 'step' if preference else 'tokens'
+    panels, meanings = [], {}
+    for title, unit, metrics in PREFERENCE if preference else TRAIN:
+        curves = []
+        for metric, (line, meaning) in metrics.items():
+            for events, colour in zip(runs, COLOURS):
+                points = series(events, x, metric)
+                if points and (points, colour) not in [curve[:2] for curve in curves]:  # T_0's link is p itself
+                    curves.append((points, colour, line))
+                    meanings[meaning] = line
+        if curves:
+            panels.append((title, unit, curves))
+    if not panels:
+        raise Refusal(f'the metrics in {", ".join(map(str, out_dirs))} hold nothing to draw; let the run go on')
+
+    keys = [dict(color=colour, linewidth=2, label=label) for colour, label in zip(COLOURS, labels(out_dirs))]
+    if len(meanings) > 1:
+        keys += [dict(color='#888888', linestyle=line, label=meaning) for meaning, line in meanings.items()]
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    room, widths = 52 * columns, [len(key['label']) + 7 for key in keys]  # in characters: what fits beside each other
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * columns, 3.1 * rows + 0.4), dpi=160, layout='constrained')
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for ax, (title, unit, curves) in zip(axes, panels):
+            draw(ax, curves)
+            ax.set(title=title, xlabel=x if x == 'tokens' else 'steps', ylabel=unit)
+            ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+        for ax in axes[len(panels):]:
+            ax.remove()
+        figure.legend(handles=[Line2D([], [], **key) for key in keys], loc='outside lower center',
+                      ncols=len(keys) if sum(widths) <= room else max(1, room // max(widths)))
+        path = Path(path or ('plot.png' if len(runs) > 1 else
+                             Path(out_dirs[0]) / ('preference.png' if preference else 'loss.png')))
+        temporary = path.with_name(f'.{path.name}.tmp')
+        figure.savefig(temporary, format='png')
+    os.replace(temporary, path)
+    return path
+
+
+def main(cfg):
+    print(f'saved {plot(cfg.runs, cfg.path)}')
+
+
+if __name__ == '__main__':
+    run(main, Config)

@@ -1,0 +1,96 @@
+"""A checkpoint talks: it answers a post.
+
+    python sample.py --out_dir=out/toy_t2 --prompt="How do I keep my bread fresh?"
+"""
+import codecs
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import prepare_shp
+from configurator import Refusal, run
+from losses import taylor_link
+from model import GPT, GPTConfig, load_checkpoint
+from train import setup
+
+
+@dataclass(frozen=True)
+class Config:
+    out_dir: str = 'out/toy_t2'   # the run's folder
+    checkpoint: str = 'best'      # best (lowest validation cross-entropy) or last
+    prompt: str = ''              # the post to answer
+    prompt_file: str = ''         # or a UTF-8 file with one post a line
+    num_samples: int = 1          # answers to each post
+    max_new_tokens: int = 200     # of an answer; it ends before that at end-of-text or where the block is full
+    temperature: float = 1.0      # 0 = always the likeliest token
+    top_k: int = 0                # choose among the k likeliest tokens; 0 = all
+    link: bool = False            # sample from link_n(p), what a model trained with T_n means by p
+    seed: int = 0                 # of the samples
+    device: str = 'auto'          # cpu, cuda or mps; auto = the best there is
+    dtype: str = 'auto'           # of matrix products: float32, bfloat16 or float16
+    compile: bool = False         # torch.compile, not worth its time for a few samples
+
+    def check(self):
+        if self.checkpoint not in ('best', 'last'):
+            yield f"checkpoint='{self.checkpoint}' is not one of best, last"
+        if bool(self.prompt) == bool(self.prompt_file):
+            yield 'give a post with --prompt="..." or a file of posts with --prompt_file=FILE, one of the two'
+        for name, low in dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0).items():
+            if getattr(self, name) < low:
+                yield f'{name}={getattr(self, name)} is below {low}'
+
+
+def read_prompts(cfg):
+    if cfg.prompt:
+        return [cfg.prompt]
+    try:
+        prompts = [line for line in Path(cfg.prompt_file).read_text(encoding='utf-8').splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f'cannot read prompt_file {cfg.prompt_file}: {error}') from None
+    if not prompts:
+        raise Refusal(f'prompt_file {cfg.prompt_file} holds no post; write one a line')
+    return prompts
+
+
+def visible(text):
+    """A model's text with control characters escaped: a terminal must not obey a model."""
+    return ''.join(c if c.isprintable() or c == '\n' else repr(c)[1:-1] for c in text)
+
+
+def main(cfg):
+    prompts = read_prompts(cfg)
+    machine = setup(cfg)
+    name = 'best.pt' if cfg.checkpoint == 'best' else None
+    state = load_checkpoint(cfg.out_dir, name)
+    model = GPT(GPTConfig(**state['model_config'])).to(machine.device)
+    model.load_state_dict(state['model'])
+    order = state['config'].get('taylor_order', 0)
+    print(f'{cfg.out_dir}, {cfg.checkpoint} checkpoint, step {state["step"]}' + (f', link_{order}' if cfg.link else ''))
+    encoding = prepare_shp.encoding(state['encoding'])
+    transform = (lambda log_p: taylor_link(log_p, order)) if cfg.link else None
+    generator = torch.Generator().manual_seed(cfg.seed)
+    room = max(model.config.block_size - cfg.max_new_tokens, model.config.block_size // 2)
+    for prompt in prompts:
+        rendered = prepare_shp.render(prompt, '')[0]
+        ids = encoding.encode_ordinary(rendered)
+        if len(ids) > room:
+            print(f'the post has {len(ids)} tokens; its first {len(ids) - room} are left out, to make room in the '
+                  f'block of {model.config.block_size}')
+            ids = ids[-room:]
+        for _ in range(cfg.num_samples):
+            print('-' * 40 + '\n' + visible(rendered), end='', flush=True)
+            decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may span tokens
+
+            def stream(_, id):
+                if id != encoding.eot_token:
+                    print(visible(decoder.decode(encoding.decode_single_token_bytes(id))), end='', flush=True)
+
+            with machine.autocast():
+                answer, = model.generate([ids], cfg.max_new_tokens, cfg.temperature, cfg.top_k, encoding.eot_token,
+                                         generator, transform, stream)
+            print('' if answer[-1] == encoding.eot_token else ' [cut]')
+
+
+if __name__ == '__main__':
+    run(main, Config)

@@ -1,0 +1,222 @@
+"""The transformer against itself: cached equals uncached, padding is never sampled, checkpoints are whole or not there."""
+import os
+import pickle
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+import torch
+
+from configurator import Refusal
+from model import GPT, GPTConfig, KVCache, load_checkpoint, sample_token, save_checkpoint
+
+CONFIG = GPTConfig(vocab_size=61, block_size=32, n_layer=2, n_head=2, n_embd=16)
+
+
+def small(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**CONFIG.__dict__, **changes})).eval()
+    for p in model.parameters():  # far from the start, so that every part matters
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def test_forward_by_hand():
+    """One layer written out in plain matrix algebra, as in the GPT-2 paper."""
+    model, idx = small(n_layer=1, tie_weights=False).double(), torch.randint(61, (3, 7))
+    t, block = model.transformer, model.transformer.h[0]
+    x = t.wte.weight[idx] + t.wpe.weight[:7]
+
+    def norm(x, ln):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt() * ln.weight + ln.bias
+
+    q, k, v = (norm(x, block.ln_1) @ block.attn.c_attn.weight.T + block.attn.c_attn.bias).split(16, -1)
+    heads = []
+    for h in (slice(0, 8), slice(8, 16)):
+        score = q[..., h] @ k[..., h].transpose(1, 2) / 8 ** .5
+        heads.append(score.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf).softmax(-1) @ v[..., h])
+    x = x + torch.cat(heads, -1) @ block.attn.c_proj.weight.T + block.attn.c_proj.bias
+    y = norm(x, block.ln_2) @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias
+    y = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** .5 * (y + 0.044715 * y ** 3)))
+    x = x + y @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias
+    torch.testing.assert_close(model(idx), norm(x, t.ln_f))
+
+
+def test_parameters_and_heads():
+    tied, untied = small(), small(tie_weights=False)
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+    assert untied.lm_head.weight is not untied.transformer.wte.weight
+    assert not [n for n, _ in small(bias=False).named_parameters() if n.endswith('bias')]
+    assert CONFIG.padded_vocab_size == 64 and GPTConfig(vocab_size=50257).padded_vocab_size == 50304
+    with pytest.raises(ValueError, match='n_embd=100 does not divide by n_head=8; pick a multiple of 8'):
+        GPTConfig(vocab_size=61, n_embd=100, n_head=8)
+    with pytest.raises(ValueError, match='33 tokens do not fit into block_size=32'):
+        tied(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_the_future_does_not_leak():
+    model, idx = small(), torch.randint(61, (2, 20))
+    changed = idx.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % 61
+    assert torch.equal(model(idx)[:, :12], model(changed)[:, :12])
+    assert not torch.allclose(model(idx)[:, 12:], model(changed)[:, 12:])
+
+
+def test_padding_has_probability_zero():
+    model = small()
+    model.transformer.wte.weight.data[61:] = 9.0
+    p = model.logits(model(torch.randint(61, (2, 5)))).softmax(-1)
+    assert p[..., 61:].eq(0).all() and torch.allclose(p.sum(-1), torch.ones(2, 5))
+
+
+def test_cached_equals_uncached_for_ragged_rows():
+    model = small()
+    rows = [torch.randint(61, (n,)) for n in (3, 9, 5)]
+    cache = KVCache(model.config, 3, 20, 'cpu', torch.float32)
+    prompt = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    hidden = model(prompt, cache=cache)
+    cache.length = torch.tensor([3, 9, 5])
+    for b, row in enumerate(rows):
+        torch.testing.assert_close(hidden[b, :len(row)], model(row[None])[0], rtol=1e-4, atol=1e-5)
+    for _ in range(6):
+        token = torch.randint(61, (3, 1))
+        hidden = model(token, cache=cache)[:, -1]
+        rows = [torch.cat([row, t]) for row, t in zip(rows, token)]
+        for b, row in enumerate(rows):
+            torch.testing.assert_close(hidden[b], model(row[None])[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def slow_generate(model, prompt, max_new_tokens, uniform, eot, temperature=1.0, top_k=0):
+    """One row, no cache: the definition of what generate returns."""
+    answer = []
+    while len(answer) < max_new_tokens and len(prompt) + len(answer) < model.config.block_size:
+        logits = model.logits(model(torch.tensor([prompt + answer]))[:, -1])
+        answer.append(sample_token(logits, uniform[len(answer)][None], temperature, top_k).item())
+        if answer[-1] == eot:
+            break
+    return answer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('options', [{}, {'top_k': 5}, {'temperature': 0.0}, {'temperature': 0.5}])
+def test_generation_of_a_ragged_batch_equals_one_row_at_a_time(options):
+    model = small()
+    prompts = [torch.randint(61, (n,)).tolist() for n in (1, 4, 11, 28, 7, 31)]
+    answers = model.generate(prompts, 25, eot=7, generator=torch.Generator().manual_seed(3), **options)
+    uniform = torch.rand(len(prompts), 25, generator=torch.Generator().manual_seed(3))
+    assert answers == [slow_generate(model, p, 25, u, 7, **options) for p, u in zip(prompts, uniform)]
+    assert all(7 not in a[:-1] for a in answers)
+    assert all(a[-1] == 7 or len(a) == 25 or len(p) + len(a) == 32 for p, a in zip(prompts, answers))
+    if not options:
+        assert len({len(a) for a in answers}) > 2  # rows did end at different times
+
+
+def test_generation_is_seeded_streamed_and_refuses_what_cannot_be():
+    model, seen = small().train(), []
+    run = [model.generate([[1, 2], [3]], 8, generator=torch.Generator().manual_seed(s),
+                          on_token=lambda b, id: seen.append((b, id))) for s in (0, 0, 1)]
+    assert run[0] == run[1] != run[2] and model.training
+    assert [[id for b, id in seen[:16] if b == row] for row in (0, 1)] == run[0]
+    assert model.generate([], 5) == []
+    for bad in ([], [1] * 32):
+        with pytest.raises(ValueError, match='block_size=32 with room for an answer'):
+            model.generate([[1], bad], 5)
+
+
+def test_sampling_follows_the_distribution_and_never_leaves_it():
+    logits = torch.randn(1, 40)
+    logits[:, 7] = logits[:, 33:] = -torch.inf
+    p = logits.softmax(-1)[0]
+    ids = sample_token(logits.expand(200_000, -1), torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
+    frequency = ids.bincount(minlength=40) / 200_000
+    assert frequency[7] == 0 and frequency[33:].eq(0).all()
+    chi_squared = (200_000 * (frequency - p) ** 2 / p).nan_to_num(0).sum()
+    assert chi_squared < 80  # 31 degrees of freedom: beyond 80 once in 300,000
+    edge = torch.tensor([0.0, 1 - 2 ** -24])
+    for extreme in (torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-torch.inf, 0.0, -torch.inf]]),
+                    torch.tensor([[-40.0, 0.0, -torch.inf]])):
+        assert extreme.expand(2, -1).gather(1, sample_token(extreme.expand(2, -1), edge)[:, None]).isfinite().all()
+
+
+# checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def state(step, n=2000):
+    return dict(step=step, model={'w': torch.full((n,), float(step))}, config=dict(a=1, b='x', c=None, d=(1.5, True)))
+
+
+def test_checkpoints_come_back_and_the_last_two_stay(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, state(step))
+    save_checkpoint(tmp_path, state(2), 'best.pt')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['best.pt', 'ckpt_00000002.pt', 'ckpt_00000003.pt']
+    back = load_checkpoint(tmp_path)
+    assert back['step'] == 3 and torch.equal(back['model']['w'], state(3)['model']['w'])
+    assert back['config'] == state(3)['config'] and load_checkpoint(tmp_path, 'best.pt')['step'] == 2
+    assert load_checkpoint(tmp_path / 'ckpt_00000002.pt')['step'] == 2
+
+
+def test_a_damaged_latest_checkpoint_is_passed_over(tmp_path, capsys):
+    save_checkpoint(tmp_path, state(1))
+    whole = save_checkpoint(tmp_path, state(2)).read_bytes()
+    path = tmp_path / 'ckpt_00000002.pt'
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (b'', whole[:1], whole[:len(whole) // 2], whole[:-1], bytes(flipped), b'hello'):
+        path.write_bytes(damaged)
+        assert load_checkpoint(tmp_path)['step'] == 1
+        assert 'damaged' in capsys.readouterr().out
+    path.unlink()
+    path.mkdir()
+    assert load_checkpoint(tmp_path)['step'] == 1
+    (tmp_path / 'ckpt_00000001.pt').write_bytes(b'')
+    with pytest.raises(Refusal, match='no valid checkpoint'):
+        load_checkpoint(tmp_path)
+    with pytest.raises(Refusal, match='no checkpoint'):
+        load_checkpoint(tmp_path / 'nowhere')
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ('ran',)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(step=1, model=Payload()), tmp_path / 'ckpt_00000001.pt')
+    with pytest.raises(Refusal):
+        load_checkpoint(tmp_path)
+    assert not os.path.exists('ran')
+    (tmp_path / 'ckpt_00000001.pt').write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(Refusal):
+        load_checkpoint(tmp_path)
+    assert not os.path.exists('ran')
+
+
+def test_a_save_killed_at_any_moment_leaves_a_valid_checkpoint(tmp_path):
+    """A process that saves without end is killed; what it leaves must load, and the next save clears its rest."""
+    program = ('import sys, torch; from model import save_checkpoint\n'
+               'for step in range(1, 10 ** 6):\n'
+               '    save_checkpoint(sys.argv[1], dict(step=step, w=torch.full((500_000,), step)))\n'
+               '    print(step, flush=True)')
+    for delay in (0.0, 0.003, 0.007, 0.011):
+        saver = subprocess.Popen([sys.executable, '-c', program, str(tmp_path)], stdout=subprocess.PIPE)
+        for _ in range(3):
+            saver.stdout.readline()
+        time.sleep(delay)
+        saver.kill()
+        saver.communicate()
+        found = load_checkpoint(tmp_path)
+        assert found['w'].eq(found['step']).all()
+    save_checkpoint(tmp_path, dict(step=10 ** 7))
+    assert not list(tmp_path.glob('*tmp*'))
+
+
+def test_a_save_that_fails_leaves_the_old_one_and_no_rest(tmp_path):
+    save_checkpoint(tmp_path, state(1))
+    with pytest.raises(Exception):
+        save_checkpoint(tmp_path, dict(step=2, bad=lambda: 0))
+    assert [p.name for p in tmp_path.iterdir()] == ['ckpt_00000001.pt']
+    assert zipfile.ZipFile(tmp_path / 'ckpt_00000001.pt').testzip() is None

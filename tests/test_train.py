@@ -1,0 +1,309 @@
+"""train.py end to end on small data: exact resume, ranks, accumulation, signals, refusals, and evaluation by brute force."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prepare_shp
+import train
+from configurator import Refusal
+from losses import taylor_link
+from model import GPT, GPTConfig, load_checkpoint
+from toy_shp import toy_rows
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(dataset='small', source='rows', encoding='bytes', n_layer=1, n_head=2, n_embd=16, block_size=32,
+             batch_size=8, max_iters=12, eval_interval=4, log_interval=1, warmup_iters=2, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A working directory with a small dataset, split by post, and another of the same rows split by row."""
+    path = tmp_path_factory.mktemp('work')
+    (path / 'rows').mkdir()
+    for split, posts in dict(train=40, validation=6, test=6).items():
+        lines = (json.dumps(row) for row in toy_rows(split, posts, 0))
+        (path / 'rows' / f'{split}.json').write_text('\n'.join(lines) + '\n')
+    here = os.getcwd()
+    os.chdir(path)
+    for name, split in (('small', 'post'), ('leaky', 'row')):
+        prepare_shp.prepare(prepare_shp.Config(dataset=name, source='rows', encoding='bytes', split=split))
+    os.chdir(here)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def work(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def config(out_dir, **changes):
+    return train.Config(out_dir=str(out_dir), **{**SMALL, **changes})
+
+
+def metrics(out_dir, event):
+    lines = [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
+    timing = {'seconds', 'tokens_per_second'}
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines if line['event'] == event]
+
+
+def assert_same_run(a, b):
+    assert metrics(a, 'train') == metrics(b, 'train') and metrics(a, 'eval') == metrics(b, 'eval')
+    a, b = load_checkpoint(a), load_checkpoint(b)
+    assert a['step'] == b['step'] and a['tokens'] == b['tokens'] and a['best'] == b['best']
+    for name, w in a['model'].items():
+        assert torch.equal(w, b['model'][name]), name
+    for mine, other in zip(a['optimizer']['state'].values(), b['optimizer']['state'].values()):
+        assert all(torch.equal(mine[k], other[k]) for k in mine)
+
+
+def command(out_dir, *more, ranks=1, **changes):
+    options = [f'--{k}={v}' for k, v in {**SMALL, **changes, 'out_dir': out_dir}.items()]
+    launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--standalone'] if ranks > 1 else []
+    return [sys.executable, *launch, str(ROOT / 'train.py'), *options, *more]
+
+
+def test_files_metrics_and_the_first_loss(tmp_path, capsys):
+    train.main(config(tmp_path / 'run', taylor_order=2))
+    names = sorted(p.name for p in (tmp_path / 'run').iterdir())
+    assert names == ['best.pt', 'ckpt_00000008.pt', 'ckpt_00000012.pt', 'config.json', 'loss.png', 'metrics.jsonl']
+    lines = metrics(tmp_path / 'run', 'train')
+    assert [line['step'] for line in lines] == list(range(1, 13))
+    assert set(lines[0]) == {'event', 'step', 'tokens', 'train_loss', 'train_ce', 'grad_norm', 'taylor_weight', 'lr',
+                             'skipped'}
+    assert lines[-1]['tokens'] == 12 * 8 * 32
+    evals = metrics(tmp_path / 'run', 'eval')
+    assert [line['step'] for line in evals] == [0, 4, 8, 12]
+    assert set(evals[0]) == {'event', 'step', 'tokens', 'val_ce', 'val_ce_link', 'val_accuracy', 'val_ece',
+                             'val_ece_link'}
+    assert abs(lines[0]['train_ce'] - math.log(257)) < 0.1 and abs(evals[0]['val_ce'] - math.log(257)) < 0.1
+    assert evals[-1]['val_ce'] < evals[0]['val_ce'] - 0.1
+    printed = capsys.readouterr().out
+    assert 'log V = 5.549' in printed and 'step 12/12 100%' in printed and 'ETA 0:00:00' in printed
+    assert json.loads((tmp_path / 'run' / 'config.json').read_text())['taylor_order'] == 2
+
+
+@pytest.mark.parametrize('cut', ['stream', 'examples'])
+def test_resume_is_bit_exact(tmp_path, cut):
+    """6 + 6 steps == 12, with dropout, accumulation and evaluations between, stopped at and off a checkpoint's step."""
+    cfg = config(tmp_path / 'whole', cut=cut, dropout=0.2, micro_batch_size=3, taylor_order=1, tie_weights=False)
+    train.main(cfg)
+    for stop in (4, 6):
+        out = tmp_path / f'stopped{stop}'
+        train.main(replace(cfg, out_dir=str(out), stop_step=stop))
+        assert load_checkpoint(out)['step'] == stop
+        train.main(replace(cfg, out_dir=str(out), resume=True))
+        assert_same_run(tmp_path / 'whole', out)
+
+
+def test_resume_after_lines_and_checkpoints_beyond(tmp_path):
+    """A kill between two checkpoints, with a half-written line and a damaged checkpoint left behind."""
+    cfg = config(tmp_path / 'whole', dropout=0.1)
+    train.main(cfg)
+    out = tmp_path / 'killed'
+    train.main(replace(cfg, out_dir=str(out), stop_step=10))
+    with open(out / 'metrics.jsonl', 'a') as f:
+        f.write('{"event": "train", "step": 1')
+    (out / 'ckpt_00000010.pt').write_bytes(b'PK')
+    train.main(replace(cfg, out_dir=str(out), resume=True))
+    assert_same_run(tmp_path / 'whole', out)
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    runs = {}
+    for micro in (0, 2, 3):
+        train.main(config(tmp_path / str(micro), micro_batch_size=micro, cut='examples', taylor_order=1))
+        runs[micro] = metrics(tmp_path / str(micro), 'train')
+    for micro in (2, 3):  # in documents of unequal length, so that a mean of means would differ
+        for a, b in zip(runs[0], runs[micro]):
+            assert a['tokens'] == b['tokens']
+            assert abs(a['train_loss'] - b['train_loss']) < 1e-5 and abs(a['grad_norm'] / b['grad_norm'] - 1) < 1e-4
+
+
+def test_two_ranks_equal_one_and_hand_over(tmp_path):
+    """The same losses, evaluations and gradients with 2 gloo ranks; what they saved, one process resumes, and back."""
+    options = dict(cut='examples', taylor_order=2, micro_batch_size=2, batch_size=7)
+    train.main(config(tmp_path / 'one', **options))
+    subprocess.run(command(tmp_path / 'two', '--stop_step=6', ranks=2, **options), check=True, capture_output=True)
+    train.main(config(tmp_path / 'two', resume=True, stop_step=9, **options))
+    subprocess.run(command(tmp_path / 'two', '--resume=True', ranks=2, **options), check=True, capture_output=True)
+    for event in ('train', 'eval'):
+        one, two = metrics(tmp_path / 'one', event), metrics(tmp_path / 'two', event)
+        assert [line['step'] for line in one] == [line['step'] for line in two]
+        for a, b in zip(one, two):
+            assert a.keys() == b.keys() and a['tokens'] == b['tokens']
+            for key in a.keys() - {'event'}:
+                assert abs(a[key] - b[key]) < 1e-5 * max(1, abs(a[key])), key
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, number, code):
+    options = dict(max_iters=400, eval_interval=100, dropout=0.1)
+    process = subprocess.Popen(command(tmp_path / 'run', **options), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('step 20/'):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == code
+    step = load_checkpoint(tmp_path / 'run')['step']
+    assert f'stopped after step {step}, saved {tmp_path / "run"}; continue with --resume=True' in rest
+    assert 20 <= step < 400
+    train.main(config(tmp_path / 'run', resume=True, stop_step=step + 5, **options))
+    train.main(config(tmp_path / 'whole', stop_step=step + 5, **options))
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+def test_a_signal_to_two_ranks_stops_both_at_one_step(tmp_path):
+    process = subprocess.Popen(command(tmp_path / 'run', ranks=2, max_iters=100_000, eval_interval=50_000),
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith('step 20/'):
+            process.terminate()
+            break
+    rest = process.stdout.read()
+    assert process.wait() != 0
+    step = load_checkpoint(tmp_path / 'run')['step']
+    assert f'stopped after step {step}' in rest
+
+
+def test_refusals_are_sentences_and_cost_nothing(tmp_path):
+    out = tmp_path / 'run'
+    train.main(config(out, max_iters=4))
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(Refusal, match='is not empty; add --resume=True .* --overwrite=True'):
+        train.main(config(out))
+    with pytest.raises(Refusal, match='cannot resume.*n_embd: 16 there, 32 here'):
+        train.main(config(out, n_embd=32, resume=True))
+    with pytest.raises(Refusal, match='cannot resume.*another dataset'):
+        train.main(config(out, dataset='leaky', split='row', resume=True))
+    with pytest.raises(Refusal, match='data/nowhere is missing; make it with: python prepare_shp.py'):
+        train.main(config(tmp_path / 'other', dataset='nowhere'))
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()} and not (tmp_path / 'other').exists()
+    train.main(config(out, max_iters=2, overwrite=True))
+    assert load_checkpoint(out)['step'] == 2 and not (out / 'ckpt_00000004.pt').exists()
+
+
+def test_resume_in_an_empty_folder_starts(tmp_path, capsys):
+    train.main(config(tmp_path / 'run', max_iters=2, resume=True))
+    assert 'nothing to resume' in capsys.readouterr().out
+
+
+def test_resume_tells_of_changed_options(tmp_path, capsys):
+    train.main(config(tmp_path / 'run', stop_step=2))
+    train.main(config(tmp_path / 'run', stop_step=3, resume=True))
+    assert 'resumed at step 2 (exact)' in capsys.readouterr().out
+    train.main(config(tmp_path / 'run', stop_step=4, resume=True, learning_rate=1e-2))
+    assert 'resumed at step 3 (changed: learning_rate 0.001 -> 0.01)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_a_non_finite_gradient_never_reaches_a_parameter(tmp_path, monkeypatch, capsys, bad):
+    sound, calls = train.linear_taylor_loss, []
+
+    def broken(*args):
+        sums = sound(*args)
+        calls.append(1)
+        return sums._replace(loss=sums.loss * bad) if len(calls) in (3, 4) else sums
+
+    monkeypatch.setattr(train, 'linear_taylor_loss', broken)
+    train.main(config(tmp_path / 'run', grad_clip=0.0))
+    assert capsys.readouterr().out.count('its update is skipped') == 2
+    assert [line['skipped'] for line in metrics(tmp_path / 'run', 'train')][:5] == [0, 0, 1, 2, 2]
+    assert all(w.isfinite().all() for w in load_checkpoint(tmp_path / 'run')['model'].values())
+    monkeypatch.setattr(train, 'linear_taylor_loss', lambda *args: sound(*args)._replace(loss=sound(*args).loss * bad))
+    with pytest.raises(Refusal, match='10 gradients in a row were not finite'):
+        train.main(config(tmp_path / 'all', max_iters=50))
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_low_precision_learns_and_resumes(tmp_path, dtype):
+    cfg = config(tmp_path / 'run', dtype=dtype, max_iters=20, learning_rate=3e-3)
+    train.main(cfg)
+    lines = metrics(tmp_path / 'run', 'train')
+    assert lines[-1]['train_ce'] < lines[0]['train_ce'] - 0.5
+    train.main(replace(cfg, out_dir=str(tmp_path / 'two'), stop_step=10))
+    train.main(replace(cfg, out_dir=str(tmp_path / 'two'), resume=True))
+    assert_same_run(tmp_path / 'run', tmp_path / 'two')
+
+
+def test_epochs_count_documents(tmp_path):
+    train.main(config(tmp_path / 'run', cut='examples', epochs=0.5))
+    documents = len(prepare_shp.open_dataset(config(tmp_path)).documents('train').offsets) - 1
+    assert load_checkpoint(tmp_path / 'run')['step'] == math.ceil(documents / 2 / 8)
+
+
+def test_lr_schedule():
+    cfg = train.Config(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    lr = [train.lr_at(step, cfg) for step in range(120)]
+    assert lr[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and lr[10] == 1.0
+    assert lr[60] == pytest.approx(0.55) and lr[110] == lr[119] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(lr[10:], lr[11:]))
+    assert train.lr_at(50, replace(cfg, min_lr=1.0)) == 1.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('cut', ['stream', 'examples'])
+@pytest.mark.parametrize('dataset, split', [('small', 'post'), ('leaky', 'row')])
+def test_evaluation_by_brute_force(cut, dataset, split):
+    """Every validation token by itself, all logits in float64."""
+    cfg = config('unused', cut=cut, dataset=dataset, split=split, batch_size=3)
+    documents = prepare_shp.open_dataset(cfg).documents('val')
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(257, 32, 1, 2, 16))
+    model.lm_head.weight.data *= 40  # confident, and so with something to calibrate
+    machine = train.setup(cfg)
+    with train.StopSignal() as stop:
+        got = train.evaluate(model, documents, cfg, machine, 2, stop)
+        stop.number = signal.SIGTERM
+        assert train.evaluate(model, documents, cfg, machine, 2, stop) is None
+    assert model.training
+
+    model.eval()
+    tokens, offsets = torch.from_numpy(documents.tokens.astype('int64')), documents.offsets.tolist()
+    if cut == 'stream':
+        texts = [(first, min(first + 33, len(tokens))) for first in range(0, len(tokens) - 1, 32)]
+    else:
+        texts = [(a, min(a + 33, b)) for a, b in zip(offsets, offsets[1:])]
+    leaked = torch.zeros(len(tokens), dtype=torch.bool)
+    for d, (a, b) in enumerate(zip(offsets, offsets[1:])):
+        leaked[a:b] = bool(documents.leaked[d])
+    log_p = torch.cat([model.logits(model(tokens[None, a:b - 1]))[0] for a, b in texts]).double().log_softmax(-1)
+    targets = torch.cat([tokens[a + 1:b] for a, b in texts])
+    leaked = torch.cat([leaked[a + 1:b] for a, b in texts])
+    expected = {}
+    for name, log in (('', log_p), ('_link', taylor_link(log_p, 2))):
+        ce = -log[torch.arange(len(targets)), targets]
+        expected[f'val_ce{name}'] = ce.mean().item()
+        confidence, right = log.exp().amax(-1), (log.argmax(-1) == targets).double()
+        ece = 0.0
+        for b in range(15):
+            inside = (confidence >= b / 15) & ((confidence < (b + 1) / 15) | (b == 14))
+            if inside.any():
+                ece += inside.double().mean() * (confidence[inside].mean() - right[inside].mean()).abs()
+        expected[f'val_ece{name}'] = float(ece)
+        if name == '':
+            expected['val_accuracy'] = right.mean().item()
+            if split == 'row':
+                assert leaked.any() and not leaked.all()
+                expected |= dict(val_ce_leaked=ce[leaked].mean().item(), val_ce_clean=ce[~leaked].mean().item())
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_command_as_typed(tmp_path):
+    """Exit codes and sentences of the real script."""
+    done = subprocess.run(command(tmp_path / 'run', max_iters=2), capture_output=True, text=True)
+    assert done.returncode == 0 and 'hear it with python sample.py' in done.stdout and not done.stderr
+    again = subprocess.run(command(tmp_path / 'run', max_iters=2), capture_output=True, text=True)
+    assert again.returncode == 1 and 'is not empty' in again.stderr and 'Traceback' not in again.stderr
+    wrong = subprocess.run(command(tmp_path / 'run', '--learning_rte=1', '--n_head=3'), capture_output=True, text=True)
+    assert wrong.returncode == 2 and "did you mean learning_rate" in wrong.stderr and 'Traceback' not in wrong.stderr

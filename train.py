@@ -1,0 +1,488 @@
+"""Trains a GPT on text with a Taylor loss T_n. Read it top to bottom.
+
+    python train.py config/toy_t2.py                              # embedded data, any CPU
+    torchrun --nproc_per_node=8 train.py config/t2_shp.py         # stanfordnlp/SHP on 8 GPUs
+"""
+import atexit
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import plot
+import prepare_shp
+from configurator import Refusal, run
+from losses import linear_taylor_loss, taylor_link
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+
+MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients after which a run ends, its last good checkpoint kept
+LOGIT_ROWS = 256           # rows of logits that an evaluation holds at once
+RUN_FILES = 'ckpt_*', 'best.*', 'config.json', 'metrics.jsonl', '*.png', 'samples.jsonl'  # what overwrite deletes
+ECE_BINS = 15              # of equal width, over the confidence of the likeliest token
+
+
+@dataclass(frozen=True)
+class RunConfig(prepare_shp.Config):
+    """What every training run asks, of whatever loss."""
+    out_dir: str = 'out/run'      # checkpoints, metrics.jsonl, config.json and the plot go here
+    resume: bool = False          # go on from the latest checkpoint in out_dir
+    overwrite: bool = False       # delete the earlier run in out_dir
+    seed: int = 0                 # of weights, batches and dropout
+    device: str = 'auto'          # cpu, cuda or mps; auto = the best there is
+    dtype: str = 'auto'           # of matrix products: float32, bfloat16 or float16; auto = bfloat16 where the GPU has it
+    compile: bool | None = None   # torch.compile the model; None = on CUDA only
+    eval_interval: int = 200      # steps between checkpoints, each followed by an evaluation
+    eval_split: str = 'val'       # val, or test for a final result
+    log_interval: int = 10        # steps between lines of the log
+    stop_step: int = 0            # end after this step, the schedule unchanged; 0 = at its end
+    learning_rate: float = 1e-3   # after warm-up
+    min_lr: float = 1e-4          # at the cosine's end; equal to learning_rate = constant
+    warmup_iters: int = 100       # steps of linear warm-up
+    weight_decay: float = 0.1     # AdamW's, on matrices only
+    grad_clip: float = 1.0        # largest norm of the gradient; 0 = any
+
+    def check(self):
+        yield from super().check()
+        if self.device not in ('auto', 'cpu', 'cuda', 'mps'):
+            yield f"device='{self.device}' is not one of auto, cpu, cuda, mps"
+        if self.dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
+            yield f"dtype='{self.dtype}' is not one of auto, float32, bfloat16, float16"
+        if self.eval_split not in ('train', 'val', 'test'):
+            yield f"eval_split='{self.eval_split}' is not one of train, val, test"
+        if self.resume and self.overwrite:
+            yield 'resume and overwrite exclude each other: one goes on with the earlier run, the other deletes it'
+        yield from at_least(self, 1, 'eval_interval', 'log_interval')
+        yield from at_least(self, 0, 'seed', 'stop_step', 'learning_rate', 'min_lr', 'warmup_iters', 'weight_decay',
+                            'grad_clip')
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    batch_size: int = 32          # global, in sequences; ranks and micro-batches share it
+    micro_batch_size: int = 0     # per rank, in sequences, as memory allows; 0 = the rank's whole share
+    block_size: int = 128         # tokens of context
+    cut: str = 'stream'           # stream: random windows of packed text; examples: each document from its start
+    max_iters: int = 1000         # steps in all, unless epochs is set
+    epochs: float = 0.0           # passes over the training text; 0 = max_iters counts
+    n_layer: int = 2              # transformer blocks
+    n_head: int = 2               # attention heads; divides n_embd
+    n_embd: int = 128             # channels
+    dropout: float = 0.0          # in the residual stream and in attention
+    bias: bool = True             # in linear layers and LayerNorms
+    tie_weights: bool = True      # the head is the token embedding
+    taylor_order: int = 0         # n of T_n; 0 = cross-entropy
+    skip_below: float = 0.0       # tokens with a weight q^n below this share of the largest get no gradient; 0 = exact
+
+    def check(self):
+        yield from super().check()
+        if self.cut not in ('stream', 'examples'):
+            yield f"cut='{self.cut}' is not one of stream, examples"
+        yield from at_least(self, 1, 'batch_size', 'block_size', 'max_iters', 'n_layer', 'n_head', 'n_embd')
+        yield from at_least(self, 0, 'micro_batch_size', 'epochs', 'taylor_order', 'skip_below', 'dropout')
+        if self.dropout >= 1:
+            yield f'dropout={self.dropout} drops everything; it is a probability below 1'
+        if self.skip_below > 1:
+            yield f'skip_below={self.skip_below} skips every token; it is a share of the largest weight, at most 1'
+        if self.n_head >= 1 and self.n_embd % self.n_head:
+            yield f'n_embd={self.n_embd} does not divide by n_head={self.n_head}; pick a multiple of {self.n_head}'
+
+
+def at_least(cfg, low, *names):
+    return [f'{name}={getattr(cfg, name)} is below {low}' for name in names if getattr(cfg, name) < low]
+
+
+# Machine -------------------------------------------------------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def sum(self, values):
+        """A list of numbers -> the list of their sums over ranks: one message. All ranks wait here for each other."""
+        if self.world_size == 1:
+            return values
+        values = torch.tensor(values, dtype=torch.float64)  # on the CPU: gloo carries it, the GPU need not wait
+        dist.all_reduce(values)
+        return values.tolist()
+
+    def print(self, *args):
+        if self.rank == 0:
+            print(*args, flush=True)
+
+
+def setup(cfg):
+    """Device, dtype and, under torchrun, the process group, with one printed line that says what was chosen and why."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    kind = cfg.device if cfg.device != 'auto' else 'cuda' if cuda else 'mps' if mps else 'cpu'
+    if kind == 'cuda' and not cuda or kind == 'mps' and not mps:
+        raise Refusal(f'device={kind} was asked for, but torch {torch.__version__} sees none; use --device=cpu')
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = torch.device(kind, int(os.environ.get('LOCAL_RANK', 0))) if kind == 'cuda' else torch.device(kind)
+    if kind == 'cuda':
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        # short, so that a dead rank ends the run instead of holding it for the default 30 minutes
+        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(seconds=180))
+        atexit.register(dist.destroy_process_group)
+    if cfg.dtype != 'auto':
+        dtype, why = getattr(torch, cfg.dtype), 'as asked'
+    elif kind == 'cuda' and torch.cuda.is_bf16_supported():
+        dtype, why = torch.bfloat16, 'this GPU has it'
+    else:
+        dtype, why = torch.float32, f'the exact choice on {kind}'
+    torch.set_float32_matmul_precision('high')
+    compile = cfg.compile if cfg.compile is not None else kind == 'cuda'
+    machine = Machine(rank, world_size, device, dtype, compile)
+    machine.print(f'device {device}{f" x {world_size} ranks" if world_size > 1 else ""}, dtype {str(dtype)[6:]} ({why}), '
+                  f'compile {"on" if compile else "off"}, torch {torch.__version__}')
+    return machine
+
+
+def matmul_peak(machine):
+    """FLOP/s of a large square matrix product on this device: what MFU is measured against."""
+    a = torch.randn(1024 if machine.device.type == 'cpu' else 8192, device=machine.device).to(machine.dtype)
+    a = a[:, None] * a
+    best = math.inf
+    for _ in range(4):
+        synchronize(machine)
+        start = time.perf_counter()
+        a @ a
+        synchronize(machine)
+        best = min(best, time.perf_counter() - start)
+    return 2 * len(a) ** 3 / best
+
+
+def synchronize(machine):
+    if machine.device.type != 'cpu':
+        getattr(torch, machine.device.type).synchronize()
+
+
+def peak_memory(machine):
+    """Bytes: of the GPU where there is one, else of the process."""
+    if machine.device.type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def seed_everything(seed, step, rank):
+    # a pure function of the three, so that a checkpoint needs no generator state and any number of ranks can resume
+    torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)
+
+
+class StopSignal:
+    """While it is open, Ctrl-C and SIGTERM only set a flag, and the loop saves and ends at its next step."""
+
+    def __enter__(self):
+        self.number = 0
+        self.handlers = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        self.number = number
+
+    def flags(self):
+        return [self.number == signal.SIGINT, self.number == signal.SIGTERM]
+
+
+# The run's folder ----------------------------------------------------------------------------------------------------
+
+
+def open_run(cfg, machine):
+    """Makes out_dir fit to write, and returns the state to resume from, or None for a new run."""
+    out = Path(cfg.out_dir)
+    if cfg.resume and list(out.glob('ckpt_*.pt')):
+        return load_checkpoint(out)
+    if cfg.resume:
+        machine.print(f'nothing to resume in {out}: starting at step 0')
+    elif out.exists() and any(out.iterdir()) and not cfg.overwrite:
+        raise Refusal(f'{out} is not empty; add --resume=True to go on with the run in it, --overwrite=True to delete '
+                      f'that run, or choose another --out_dir')
+    machine.sum([0])  # every rank has looked before one of them writes
+    if machine.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for pattern in RUN_FILES if cfg.overwrite else ():
+            for path in out.glob(pattern):
+                path.unlink()
+    return None
+
+
+def check_resume(state, machine, **now):
+    """Refuses a checkpoint that belongs to another model or to other data, and tells of options that have changed."""
+    for what in ('model_config', 'fingerprint'):
+        was, is_ = state[what], now[what]
+        if was != is_:
+            differ = ', '.join(f'{k}: {was[k]} there, {is_[k]} here' for k in was if was[k] != is_[k]) \
+                if isinstance(was, dict) else f'fingerprint {was[:12]} there, {is_[:12]} here'
+            raise Refusal(f'cannot resume, the checkpoint was made with another '
+                          f'{"model" if what == "model_config" else "dataset"}: {differ}; choose another --out_dir')
+    free = {'resume', 'overwrite', 'stop_step', 'out_dir', 'device', 'log_interval'}
+    changed = [f'{k} {v!r} -> {now["config"][k]!r}' for k, v in state['config'].items()
+               if k in now['config'] and now['config'][k] != v and k not in free]
+    machine.print(f'resumed at step {state["step"]} ({"changed: " + ", ".join(changed) if changed else "exact"})')
+
+
+class Metrics:
+    """out_dir/metrics.jsonl: a line an event, in the order of steps; a resume first cuts what it will write again."""
+
+    def __init__(self, cfg, machine, step):
+        self.path = Path(cfg.out_dir) / 'metrics.jsonl'
+        self.rank = machine.rank
+        if self.rank == 0:
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            kept = [line for line in lines if line.endswith('\n') and self.before(json.loads(line), step)]
+            write_whole(self.path, ''.join(kept))
+
+    @staticmethod
+    def before(event, step):
+        # an evaluation follows its checkpoint, so the one of this very step is made again
+        return event['step'] < step or event['step'] == step and event['event'] == 'train'
+
+    def write(self, event, **values):
+        if self.rank == 0:
+            with open(self.path, 'a') as f:
+                f.write(json.dumps(dict(event=event, **values)) + '\n')
+
+
+def write_whole(path, text):
+    temporary = path.with_name(f'.{path.name}.tmp')
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def lr_at(step, cfg):
+    """Linear warm-up to learning_rate, then a cosine to min_lr at max_iters (Loshchilov & Hutter 2017)."""
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_iters
+    done = min((step - cfg.warmup_iters) / max(cfg.max_iters - cfg.warmup_iters, 1), 1.0)
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def make_optimizer(model, cfg):
+    """Fused AdamW (Loshchilov & Hutter 2019) with torch's betas; matrices decay, biases and LayerNorms do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+
+
+@torch.no_grad()
+def evaluate(model, documents, cfg, machine, order, stop):
+    """One complete pass over `documents`, shared among ranks -> the metrics of an 'eval' line; None if stopped.
+
+    Per token: cross-entropy of p and of link_n(p) in nats, top-1 accuracy, expected calibration error of both (Guo et
+    al. 2017: sum over bins of |accuracy - confidence|, weighted by the bin's share); where a split leaks, cross-entropy
+    of documents identical to a training document and of the others apart.
+    """
+    model.eval()
+    count = prepare_shp.eval_length(documents, cfg.cut, cfg.block_size)
+    size = min(cfg.micro_batch_size or cfg.batch_size, 64)
+    sums = torch.zeros(6, dtype=torch.float64)
+    bins = torch.zeros(2, 3, ECE_BINS, dtype=torch.float64)  # (p, link) x (tokens, confidence, correct) x bins
+    for first in range(machine.rank * size, count, machine.world_size * size):
+        idx, targets, leaked = prepare_shp.eval_batch(documents, cfg.cut, cfg.block_size,
+                                                      range(first, min(first + size, count)))
+        if stop.number:
+            break
+        with machine.autocast():
+            hidden = model(idx.to(machine.device))
+            valid = targets.reshape(-1) >= 0
+            hidden = hidden.flatten(0, 1)[valid.to(machine.device)]
+            targets, leaked = targets.reshape(-1)[valid].to(machine.device), leaked.reshape(-1)[valid]
+            for rows in torch.arange(len(targets)).split(LOGIT_ROWS):
+                log_p = model.logits(hidden[rows]).log_softmax(-1)
+                target = targets[rows, None]
+                tokens = [(log.gather(1, target)[:, 0], *log.max(1)) for log in (log_p, taylor_link(log_p, order))]
+                ce, ce_link = (-at_target.cpu().double() for at_target, _, _ in tokens)
+                right = (tokens[0][2] == target[:, 0]).cpu().double()
+                sums += torch.stack([torch.tensor(float(len(rows))), ce.sum(), ce_link.sum(), right.sum(),
+                                     leaked[rows].sum(), ce[leaked[rows]].sum()])
+                for b, (_, top, _) in zip(bins, tokens):
+                    confidence = top.exp().cpu().double()
+                    bin = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+                    for row, x in zip(b, (torch.ones_like(confidence), confidence, right)):
+                        row.index_add_(0, bin, x)
+    model.train()
+    stopped, n, ce, ce_link, right, n_leaked, ce_leaked, *bins_ = machine.sum([stop.number, *sums.tolist(),
+                                                                               *bins.flatten().tolist()])
+    if stopped:
+        return None
+    bins = torch.tensor(bins_, dtype=torch.float64).view_as(bins)
+    ece = ((bins[:, 1] - bins[:, 2]).abs().sum(-1) / n).tolist()
+    metrics = dict(val_ce=ce / n, val_ce_link=ce_link / n, val_accuracy=right / n, val_ece=ece[0], val_ece_link=ece[1])
+    if documents.leaked.any():
+        metrics |= dict(val_ce_leaked=ce_leaked / n_leaked, val_ce_clean=(ce - ce_leaked) / max(n - n_leaked, 1))
+    return metrics
+
+
+def main(cfg):
+    machine = setup(cfg)
+    if cfg.batch_size < machine.world_size:
+        raise Refusal(f'batch_size={cfg.batch_size} sequences do not go round {machine.world_size} ranks; '
+                      f'use --batch_size={machine.world_size} or more')
+    if machine.rank == 0:
+        data = prepare_shp.open_dataset(cfg)  # makes the toy data where it is missing
+    machine.sum([0])                          # the other ranks wait for it
+    if machine.rank > 0:
+        data = prepare_shp.open_dataset(cfg)
+    documents, held_out = data.documents('train'), data.documents(cfg.eval_split)
+    if cfg.epochs:
+        passes = len(documents.offsets) - 1 if cfg.cut == 'examples' else len(documents.tokens) / cfg.block_size
+        cfg = replace(cfg, max_iters=math.ceil(cfg.epochs * passes / cfg.batch_size))
+
+    seed_everything(cfg.seed, 0, 0)
+    model_config = GPTConfig(data.meta['vocab_size'], cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout,
+                             cfg.bias, cfg.tie_weights)
+    model = GPT(model_config).to(machine.device)
+    optimizer = make_optimizer(model, cfg)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    described = dict(model_config=asdict(model_config), config=asdict(cfg), fingerprint=data.fingerprint,
+                     encoding=data.meta['encoding'])
+
+    step, tokens, seconds, best, skipped, skipped_in_a_row = 0, 0, 0.0, math.inf, 0, 0
+    state = open_run(cfg, machine)
+    if state is not None:
+        check_resume(state, machine, **described)
+        model.load_state_dict(state['model'])
+        optimizer.load_state_dict(state['optimizer'])
+        scaler.load_state_dict(state['scaler'])
+        step, tokens, seconds, best, skipped = (state[k] for k in ('step', 'tokens', 'seconds', 'best', 'skipped'))
+        del state
+    metrics = Metrics(cfg, machine, step)
+    if machine.rank == 0:
+        write_whole(Path(cfg.out_dir) / 'config.json', json.dumps(asdict(cfg), indent=1))
+
+    forward = torch.compile(model) if machine.compile else model
+    if machine.world_size > 1:
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    share = range(machine.rank * cfg.batch_size // machine.world_size,
+                  (machine.rank + 1) * cfg.batch_size // machine.world_size)  # this rank's rows of the global batch
+    micro = min(cfg.micro_batch_size or len(share), len(share))
+    peak = matmul_peak(machine)
+    machine.print(f'parameters {sum(p.numel() for p in model.parameters()):,}, vocabulary {model_config.vocab_size:,}, '
+                  f'T_{cfg.taylor_order} loss\n'
+                  f'{cfg.max_iters:,} steps of {cfg.batch_size} x {cfg.block_size} tokens: {machine.world_size} rank(s) x '
+                  f'{math.ceil(len(share) / micro)} micro-batch(es) of {micro}\n'
+                  f'{len(documents.tokens):,} training tokens; MFU is measured against {peak / 1e9:,.0f} GFLOP/s')
+
+    def save(name=None, **more):
+        if machine.rank == 0:
+            save_checkpoint(cfg.out_dir, dict(described, step=step, tokens=tokens, model=model.state_dict(),
+                                              **more), name)
+
+    def save_all():
+        save(seconds=time.perf_counter() - start, best=best, skipped=skipped, optimizer=optimizer.state_dict(),
+             scaler=scaler.state_dict())
+
+    start, saved_step = time.perf_counter() - seconds, step if step else None
+    signals = []
+    mark = step, tokens, time.perf_counter()  # of the last line of the log, for the speed since then
+    with StopSignal() as stop:
+        while True:
+            if step % cfg.eval_interval == 0 or step == cfg.max_iters:
+                if step and step != saved_step:
+                    save_all()
+                    saved_step = step
+                result = evaluate(model, held_out, cfg, machine, cfg.taylor_order, stop)
+                if result is not None:
+                    metrics.write('eval', step=step, tokens=tokens, seconds=time.perf_counter() - start, **result)
+                    machine.print(f'step {step} evaluation: ' + ', '.join(f'{k} {v:.4f}' for k, v in result.items()) +
+                                  (f' (log V = {math.log(model_config.vocab_size):.4f})' if step == 0 else ''))
+                    if result['val_ce'] < best:
+                        best = result['val_ce']
+                        save('best.pt', val_ce=best)
+                mark = step, tokens, time.perf_counter()
+            if step == cfg.max_iters or cfg.stop_step and step >= cfg.stop_step:
+                break
+
+            x, y = prepare_shp.lm_batch(documents, cfg.cut, cfg.block_size, cfg.seed, step, cfg.batch_size, share)
+            count, *signals = machine.sum([int((y >= 0).sum()), *stop.flags()])
+            if any(signals):
+                break
+            for group in optimizer.param_groups:
+                group['lr'] = lr_at(step, cfg)
+            seed_everything(cfg.seed, step + 1, machine.rank)
+            sums = torch.zeros(3, device=machine.device)
+            for first in range(0, len(share), micro):
+                idx, targets = x[first:first + micro], y[first:first + micro].flatten()
+                waits = machine.world_size > 1 and first + micro < len(share)
+                with forward.no_sync() if waits else contextlib.nullcontext():  # gradients travel once a step
+                    with machine.autocast():
+                        hidden = forward(idx.to(machine.device, non_blocking=True)).flatten(0, 1)
+                        part = linear_taylor_loss(hidden, model.lm_head.weight,
+                                                  targets.to(machine.device, non_blocking=True), cfg.taylor_order,
+                                                  model_config.vocab_size, cfg.skip_below)
+                    # DDP averages over ranks; what is wanted is the mean over all tokens of the step
+                    scaler.scale(part.loss * (machine.world_size / max(count, 1))).backward()
+                sums += torch.stack([part.loss.detach(), part.ce, part.weight])
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+            if math.isfinite(grad_norm):  # the gradient is the same on all ranks, and so is this decision
+                scaler.step(optimizer)
+                skipped_in_a_row = 0
+            else:
+                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+                machine.print(f'warning: the gradient norm of step {step + 1} is {grad_norm}; its update is skipped')
+                if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                    raise Refusal(f'{skipped_in_a_row} gradients in a row were not finite, up to step {step + 1}; the '
+                                  f'latest checkpoint in {cfg.out_dir} is good; try a smaller learning_rate')
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step, tokens = step + 1, tokens + int(count)
+
+            if step % cfg.log_interval == 0 or step == cfg.max_iters:
+                loss, ce, weight = (total / max(count, 1) for total in machine.sum(sums.tolist()))
+                now = time.perf_counter()
+                speed = (tokens - mark[1]) / (now - mark[2])
+                eta = (cfg.max_iters - step) * (now - mark[2]) / (step - mark[0])
+                mfu = speed * model.flops_per_token(cfg.block_size) / (peak * machine.world_size)
+                metrics.write('train', step=step, tokens=tokens, seconds=now - start, train_loss=loss, train_ce=ce,
+                              grad_norm=grad_norm, taylor_weight=weight, lr=lr_at(step - 1, cfg),
+                              tokens_per_second=speed, skipped=skipped)
+                machine.print(f'step {step}/{cfg.max_iters} {step / cfg.max_iters:.0%} loss {loss:.4f} ce {ce:.4f} '
+                              f'norm {grad_norm:.2f} {speed / 1000:.1f}k tok/s MFU {mfu:.0%} '
+                              f'ETA {timedelta(seconds=round(eta))}')
+                mark = step, tokens, now
+        if step != saved_step:
+            save_all()
+
+    if step < cfg.max_iters:
+        machine.print(f'stopped after step {step}, saved {cfg.out_dir}; continue with --resume=True')
+        if any(signals):
+            sys.exit(128 + (signal.SIGINT if signals[0] else signal.SIGTERM))
+        return
+    if machine.rank == 0:
+        picture = plot.plot([cfg.out_dir], Path(cfg.out_dir) / 'loss.png')
+        print(f'{time.perf_counter() - start:.0f} s, peak memory {peak_memory(machine) / 2 ** 20:,.0f} MiB\n'
+              f'saved {cfg.out_dir} and {picture}; hear it with python sample.py --out_dir={cfg.out_dir}', flush=True)
+
+
+if __name__ == '__main__':
+    run(main, Config)
