@@ -26,8 +26,8 @@ PREFERENCE = [(title, unit, {metric: ('-', '')}) for metric, title, unit in [  #
     ('true_quality', 'True quality', 'mean over answers, 0 to 1'), ('reward', 'Reward', 'mean over answers'),
     ('loss', 'Training loss', 'nats')]]
 STYLE = {'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
-         'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888', 'axes.labelcolor': '#555555',
-         'xtick.color': '#555555', 'ytick.color': '#555555', 'axes.grid': True, 'grid.color': '#e8e8e8',
+         'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888', 'axes.grid': True,
+         'axes.labelcolor': '#555555', 'xtick.color': '#555555', 'ytick.color': '#555555', 'grid.color': '#e8e8e8',
          'grid.linewidth': 0.6, 'legend.frameon': False}
 
 
@@ -124,8 +124,9 @@ def plot(out_dirs, path=''):
         raise Refusal(f'{len(out_dirs)} runs are too many to tell apart in one picture; plot at most {len(COLOURS)}')
     runs = [read_metrics(out_dir) for out_dir in out_dirs]
     kinds = {any('rank_accuracy' in event for event in events) for events in runs}
+    names = ', '.join(map(str, out_dirs))
     if len(kinds) > 1:
-        raise Refusal('only some of these are preference runs, which share no metric with the others; plot them apart')
+        raise Refusal(f'only some of {names} are preference runs, which share no panel with others; plot them apart')
     preference, = kinds
     x = 'step' if preference else 'tokens'
     panels, meanings = [], {}
@@ -140,7 +141,7 @@ def plot(out_dirs, path=''):
         if curves:
             panels.append((title, unit, curves))
     if not panels:
-        raise Refusal(f'the metrics in {", ".join(map(str, out_dirs))} hold nothing to draw; let the run go on')
+        raise Refusal(f'the metrics of {names} hold nothing to draw; let the run go on')
 
     keys = [dict(color=colour, linewidth=2, label=label) for colour, label in zip(COLOURS, labels(out_dirs))]
     if len(meanings) > 1:
@@ -162,8 +163,11 @@ def plot(out_dirs, path=''):
         path = Path(path or ('plot.png' if len(runs) > 1 else
                              Path(out_dirs[0]) / ('preference.png' if preference else 'loss.png')))
         temporary = path.with_name(f'.{path.name}.tmp')
-        figure.savefig(temporary, format='png')
-    os.replace(temporary, path)
+        try:
+            figure.savefig(temporary, format='png')
+            os.replace(temporary, path)
+        except OSError as error:
+            raise Refusal(f'{path} cannot be written ({error.strerror}); choose another --path=FILE.png') from None
     return path
 
 

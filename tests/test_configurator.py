@@ -369,9 +369,10 @@ def test_a_bug_keeps_its_traceback(folder, then, name):
     assert result.returncode == 1 and 'Traceback' in result.stderr and name in result.stderr
 
 
-@pytest.mark.parametrize('flag', ['--then=flood', '--help'])
+@pytest.mark.parametrize('flag', ['--then=flood', '--then=', '--help'])
 def test_a_closed_pipe_is_quiet(folder, flag):
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': ''}  # buffered, or there is no last flush to fail
     process = subprocess.Popen([sys.executable, 'script.py', flag], cwd=folder, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+                               stderr=subprocess.PIPE, env=env)
     process.stdout.close()
     assert process.stderr.read() == b'' and process.wait(30) == 1

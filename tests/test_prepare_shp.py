@@ -1,9 +1,9 @@
 """SHP rows to token arrays and back: rankings by brute force, splits, filters, bad input, damage, and pure batches."""
 import hashlib
 import json
-import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,7 +145,8 @@ def test_bytes_encoding():
 def test_template_boundary_and_no_injection():
     history = f' Who said "{render("x", "y")[0]}" <|endoftext|>?\n'
     answer = '\n<|endoftext|> A:\nme '
-    meta, data = local([row(post_id=f'{i}', history=history * (i < 9) or f'other {i}', human_ref_A=answer) for i in range(20)])
+    meta, data = local([row(post_id=f'{i}', history=history if i < 9 else f'other {i}', human_ref_A=answer)
+                        for i in range(20)])
     for split in ('train', 'val', 'test'):
         documents, groups = data.documents(split), data.groups(split)
         for prompt, answers, _ in ranked_texts(groups):
@@ -202,7 +203,7 @@ def test_ranked_lines():
              for i in range(40)]
     meta, data = local(lines)
     groups = sum((ranked_texts(data.groups(split)) for split in ('train', 'val', 'test')), [])
-    assert sorted(groups) == sorted((render(f'q{i}', '')[0], [f'{x} {i}' for x in ('best', 'good', 'worst')], [9, 2, -1.5])
+    assert sorted(groups) == sorted((render(f'q{i}', '')[0], [f'best {i}', f'good {i}', f'worst {i}'], [9, 2, -1.5])
                                     for i in range(40))
     documents = sum((texts(data.documents(split)) for split in ('train', 'val', 'test')), [])
     assert sorted(documents) == sorted(document(f'q{i}', f'best {i}') for i in range(40))
@@ -240,7 +241,6 @@ def test_several_files():
 
 def test_row_split_against_brute_force():
     rows = shp_folder()
-    meta, data = None, None
     cfg = Config(dataset='d', source='shp', encoding='bytes', split='row', max_rows=101)
     meta, data = prepare(cfg), open_dataset(cfg)
     train, val = (texts(data.documents(split)) for split in ('train', 'val'))
@@ -249,10 +249,9 @@ def test_row_split_against_brute_force():
     assert Counter(train + val) == Counter(winners) and train + val != winners  # those rows, in a random order
     assert data.documents('val').leaked.tolist() == [text in train for text in val]
     assert 0 < data.documents('val').leaked.sum() < 20 and not data.documents('train').leaked.any()
-    own, other = (open_dataset(c) for c in (cfg, cfg))
     assert meta['rows']['train']['beyond max_rows'] == len(rows['train']) - 101
     prepare(Config(dataset='e', source='shp', encoding='bytes'))  # test is by post whatever the split
-    assert own.meta['sha256']['test_groups.npz'] == open_dataset(Config(dataset='e')).meta['sha256']['test_groups.npz']
+    assert meta['sha256']['test_groups.npz'] == open_dataset(Config(dataset='e')).meta['sha256']['test_groups.npz']
 
 
 def test_filters():
@@ -266,7 +265,13 @@ def test_filters():
     assert meta['rows']['train']['kept'] == high == len(rows['train']) - meta['rows']['train']['below min_score_ratio']
     with pytest.raises(Refusal, match='of domain askxx.*of domain'):
         prepare(Config(dataset='c', source='shp', encoding='bytes', domains=('askxx',)))
-    assert prepare(Config(dataset='e', source='shp', encoding='bytes', max_rows=7))['splits']['train']['rows'] == 7
+    shuffled = random.Random(0).sample(rows['train'], len(rows['train']))
+    write('flat/train.json', sorted(shuffled, key=lambda r: int(r['post_id'].removeprefix('train'))))  # domains mixed
+    cut = Config(dataset='e', source='flat', encoding='bytes', split='row', max_rows=60)
+    prepare(cut)
+    first = texts(open_dataset(cut).documents('train')) + texts(open_dataset(cut).documents('val'))
+    assert len(first) == 60 and set(first) <= {document(r['history'], r[f"human_ref_{'BA'[r['labels']]}"])
+                                              for r in rows['train'] if r['domain'] == rows['train'][0]['domain']}
 
 
 def test_cut_answers_have_no_end_of_text_and_equal_ones_are_lost():
@@ -334,12 +339,13 @@ BAD = {
 
 
 def test_bad_rows_are_counted_by_reason():
-    good = [row(post_id=f'{i}', history=f'q{i}', score_B=i % 3 - 1) for i in range(200)]  # scores of 0 and below are fine
+    good = [row(post_id=f'{i}', history=f'q{i}', score_B=i % 3 - 1) for i in range(200)]  # scores <= 0 are fine
     lines = [json.dumps(r).encode() for r in [*good[:100], *BAD.values(), *good[100:]]]
     lines[50:50] = [b'', b'   ', b'{"post_id": "\xff"}', b'[' * 100_000]
     Path('rows.jsonl').write_bytes(b'\xef\xbb\xbf' + b'\n'.join(lines) + b'\n{"post_id": "cut of')
     meta = prepare(Config(dataset='d', source='rows.jsonl', encoding='bytes', max_bad_fraction=0.2))
-    assert meta['rows']['train'] == {'read': 203 + len(BAD), 'kept': 200, 'not UTF-8': 1, 'not JSON': 2} | dict.fromkeys(BAD, 1)
+    assert meta['rows']['train'] == {'read': 203 + len(BAD), 'kept': 200, 'not UTF-8': 1, 'not JSON': 2,
+                                     **dict.fromkeys(BAD, 1)}
 
 
 def test_contradictions_of_time_and_score():
@@ -394,7 +400,7 @@ def test_killed_prepare_leaves_no_name():
     options = ['--dataset=d', '--source=rows.jsonl', '--encoding=bytes']
     process = subprocess.Popen([sys.executable, ROOT / 'prepare_shp.py', *options], stdout=subprocess.DEVNULL)
     deadline = time.time() + 30
-    while time.time() < deadline and not list(Path().glob('data/.d.tmp-*/train.bin')):
+    while time.time() < deadline and not list(Path().glob('data/.d.tmp-*')):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -438,7 +444,8 @@ def damage_flip(path):
 
 
 DAMAGE = {'flipped': damage_flip, 'odd length': lambda path: path.write_bytes(path.read_bytes()[:-1]),
-          'empty': lambda path: path.write_bytes(b''), 'zeros': lambda path: path.write_bytes(bytes(path.stat().st_size)),
+          'empty': lambda path: path.write_bytes(b''),
+          'zeros': lambda path: path.write_bytes(bytes(path.stat().st_size)),
           'gone': lambda path: path.unlink(), 'folder': lambda path: (path.unlink(), path.mkdir())}
 
 
@@ -454,7 +461,6 @@ def prepared(tmp_path_factory):
 
 @pytest.mark.parametrize('damage', DAMAGE)
 def test_damage_is_found(damage, prepared, work):
-    import shutil
     for name in sorted(os.listdir(prepared / 'data/d')):
         shutil.copytree(prepared / 'data', 'data')
         assert open_dataset(Config(dataset='d')).meta
@@ -476,7 +482,6 @@ def test_damage_is_found(damage, prepared, work):
     ('val_offsets.bin', lambda a: a.view(np.int64)[::-1].copy(), 'offsets of val.bin'),
     ('val_leaked.bin', lambda a: a[:-1], 'arrays of val')])
 def test_data_that_fit_their_sha256_but_not_each_other(name, change, words, prepared, work):
-    import shutil
     shutil.copytree(prepared / 'data', 'data')
     path, meta = Path('data/d', name), json.loads(Path('data/d/meta.json').read_text())
     path.write_bytes(change(np.fromfile(path, np.uint8)).tobytes())
@@ -487,7 +492,6 @@ def test_data_that_fit_their_sha256_but_not_each_other(name, change, words, prep
 
 
 def test_groups_that_do_not_fit(prepared, work):
-    import shutil
     shutil.copytree(prepared / 'data', 'data')
     meta = json.loads(Path('data/d/meta.json').read_text())
     with np.load('data/d/val_groups.npz') as file:
