@@ -122,6 +122,8 @@ def run(main, Config):
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
         sys.exit(1)
+    except OSError as error:  # a full disk or a folder that cannot be written: the system's words name the file
+        sys.exit(f'{prefix}: {error}')
 
 
 # Values --------------------------------------------------------------------------------------------------------------
