@@ -235,3 +235,216 @@ def _chunk_rows(hidden):
 def _product_dtype(hidden):
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+# Rankings ---------------------------------------------------------------------------------------------------------
+
+
+def implicit_reward(log_p, ref_log_p, beta):
+    """s = beta (log pi(y|x) - log pi_ref(y|x)): log-probabilities of whole answers (any shape, nats) -> the same shape.
+
+    Up to a constant per prompt, minus the energy that pi minimises under a KL penalty of strength beta
+    (Rafailov et al. 2023).
+    """
+    return beta * (log_p - ref_log_p)
+
+
+def plackett_luce_log_prob(scores, valid=None):
+    """log p_k = s_k - logsumexp_{j>=k} s_j, the k-th choice of a ranking: scores (..., K), best first -> (..., K).
+
+    valid (..., K) bool, the valid answers first; an invalid score may hold anything, its stage and gradient are 0.
+    The last stage is certain: 0. K = 2 is Bradley-Terry. Plackett 1975; Luce 1959.
+    """
+    if valid is None:
+        valid = torch.ones_like(scores, dtype=torch.bool)
+    # finite, for -inf - -inf is NaN
+    lowest = torch.finfo(scores.dtype).min
+    # a shift changes no probability, and large scores keep their digits
+    top = scores.detach().masked_fill(~valid, lowest).amax(-1, keepdim=True)
+    scores = (scores - top).masked_fill(~valid, lowest)
+    worse = scores.flip(-1).logcumsumexp(-1).flip(-1)[..., 1:]
+    # logsigmoid: a stage that is nearly certain keeps its digits too
+    log_p = F.pad(F.logsigmoid(scores[..., :-1] - worse), (0, 1))
+    return log_p.masked_fill(~valid, 0.0)
+
+
+def plackett_luce_loss(scores, n=0, valid=None):
+    """sum_k T_n(p_k) over the stages of a ranking: scores (..., K), best first -> (...); log K! at equal scores, n = 0.
+
+    With implicit rewards as scores and n = 0 this is PL-DPO (K = 2: DPO). `valid` as in `plackett_luce_log_prob`.
+    """
+    return taylor_loss(plackett_luce_log_prob(scores, valid), n).sum(-1)
+
+
+# Rewards ----------------------------------------------------------------------------------------------------------
+
+
+class Renormalized(NamedTuple):
+    reward: torch.Tensor    # (..., K) R
+    residual: torch.Tensor  # (...) root of the summed squares of E[R^k] - m_k, k >= 3; n = 3: |E[R^3] - 1|
+    exact: torch.Tensor     # (...) bool: a group with spread that meets its moments, residual <= 1e-8
+
+
+@torch.no_grad()
+def renormalize_reward(reward, n=2, monotone=True, moments=None):
+    """R = sum_{k<n} c_k r^k with E[R] = 0 and E[R^k] = 1, k = 2..n: reward (..., K) -> Renormalized, no gradient.
+
+    E is the mean over the K answers of a group. n = 2 is whitening. For n = 3, R = cos(a) phi_1 + sin(a) phi_2 with
+    the group's orthonormal polynomials phi has the first two moments for every a, and a sets the third.
+    monotone: keep the order of the answers, and of all such a take the one with E[R^3] nearest to 1;
+    False takes the exact root nearest to a = 0, which often ranks a worse answer higher.
+    moments: targets (m3,) or (m3, m4) in place of ones, met in the least-squares sense; they set n = 2 + their number.
+    Fewer than three distinct rewards give phi_1, rewards without spread (std <= 1e-6 max(1, max |r|)) give R = 0.
+    Raises ValueError for an n other than 2 and 3, or moments that no distribution has.
+    """
+    targets = _moment_targets(n, moments)
+    # sorted, so that the order is a matter of neighbours; in float64, for E[R^3] cancels
+    r, order = reward.double().reshape(-1, reward.shape[-1]).sort(-1)
+    phi = _orthonormal_polynomials(r, 1 + len(targets))
+    bent, whitened, step = phi[0], phi[0], phi[0].diff()
+    if targets:
+        # of phi_k against phi_1, between neighbours; 0, at ties and at the end, binds nothing, for slopes average 0
+        slopes = [F.pad(torch.where(step > 0, p.diff() / step, 0.0), (0, 1)) for p in phi[1:]]
+        solve = _one_angle if len(targets) == 1 else _two_angles
+        bent = solve(torch.stack(phi, 1), torch.stack(slopes, 1), monotone, *targets)
+        ordered = ((bent.diff() > 0) == (step > 0)).all(-1, keepdim=True)
+        three_values = (phi[1] != 0).any(-1, keepdim=True)
+        bent = torch.where(three_values & (ordered | (not monotone)), bent, whitened)
+    missed = torch.zeros_like(r[:, 0])
+    for k, target in enumerate(targets, 3):
+        missed = torch.hypot(missed, (bent ** k).mean(-1) - target)
+    exact = (missed <= 1e-8) & (whitened != 0).any(-1)
+    shape, bent = reward.shape[:-1], torch.empty_like(bent).scatter_(-1, order, bent)
+    return Renormalized(bent.to(reward.dtype).view_as(reward), missed.to(reward.dtype).view(shape), exact.view(shape))
+
+
+def _moment_targets(n, moments):
+    """The targets of E[R^3], E[R^4], ..., as many as there are."""
+    if moments:
+        if len(moments) > 2:
+            raise ValueError(f'moments are (m3,) or (m3, m4), targets for E[R^3] and E[R^4], but got {moments}')
+        if len(moments) == 2 and not moments[1] >= moments[0] ** 2 + 1:
+            raise ValueError(f'no distribution has moments={moments}: kurtosis >= skewness^2 + 1, so m4 must be at '
+                             f'least {moments[0] ** 2 + 1:g}')
+        return tuple(moments)
+    if n not in (2, 3):
+        raise ValueError(f'renormalised rewards exist for n = 2 and 3 only, but got n={n}' + (
+            ': E[R] = 0, E[R^2] = 1 and E[R^3] = 1 force E[R^4] >= 2 (kurtosis >= skewness^2 + 1); give explicit '
+            'targets instead, for example moments=(0, 3) for Gaussian-shaped rewards' if n >= 4 else ''))
+    return (1.0,) * (n - 2)
+
+
+def _orthonormal_polynomials(r, degree):
+    """phi_1 .. phi_degree of r over each group: sorted r (G, K) -> a list of (G, K); 0 where values run out."""
+    x = r - r[:, :1]  # first, so that a large offset costs no digits
+    x = x - x.mean(-1, keepdim=True)
+    std = x.square().mean(-1, keepdim=True).sqrt()
+    flat = std <= 1e-6 * r.abs().amax(-1, keepdim=True).clamp(min=1)
+    phi = [torch.ones_like(r), torch.where(flat, 0.0, x / std)]
+    for _ in range(degree - 1):
+        v = phi[1] * phi[-1]
+        for p in phi + phi:  # Gram-Schmidt; twice is enough
+            v = v - (v * p).mean(-1, keepdim=True) * p
+        norm = v.square().mean(-1, keepdim=True).sqrt()
+        phi.append(torch.where(norm > 1e-12, v / norm, 0.0))
+    return phi[1:]
+
+
+def _one_angle(phi, slopes, monotone, m3):
+    """R = cos(a) phi_1 + sin(a) phi_2 with E[R^3] nearest to m3; of several roots, the one with the smallest |a|.
+
+    phi (G, 2, K), slopes (G, 1, K) -> R (G, K).
+    """
+    if monotone:
+        # the order holds while cos(a) + sin(a) slope > 0 for all slopes; 1 % inside, so that it holds strictly
+        one = torch.ones_like(phi[:, :1, 0])
+        lo, hi = -torch.atan2(one, slopes.amax(-1)), torch.atan2(one, -slopes.amin(-1))
+        lo, hi = lo + 0.01 * (hi - lo), hi - 0.01 * (hi - lo)
+    else:
+        hi = torch.full_like(phi[:, :1, 0], torch.pi)
+        lo = -hi
+    cubic = [c * (phi[:, :1] ** (3 - k) * phi[:, 1:] ** k).mean(-1) for k, c in enumerate((1, 3, 3, 1))]
+    grid = torch.linspace(0, 1, 257, dtype=phi.dtype, device=phi.device)
+    for _ in range(7):  # each time into the cell that holds the root, or into the two cells around the least error
+        a = lo + (hi - lo) * grid
+        error = sum(c * a.cos() ** (3 - k) * a.sin() ** k for k, c in enumerate(cubic)) - m3
+        left, right = error[:, :-1], error[:, 1:]
+        crosses = (left < 0) != (right < 0)
+        root = a[:, :-1] + a.diff() * left / (left - right)
+        cell = torch.where(crosses, root.abs(), torch.inf).argmin(-1, keepdim=True)
+        least, found = error.abs().argmin(-1, keepdim=True), crosses.any(-1, keepdim=True)
+        lo = a.gather(1, torch.where(found, cell, least - 1).clamp(min=0))
+        hi = a.gather(1, torch.where(found, cell, least).add(1).clamp(max=256))
+    a = (lo + hi) / 2
+    return a.cos() * phi[:, 0] + a.sin() * phi[:, 1]
+
+
+def _two_angles(phi, slopes, monotone, m3, m4):
+    """R = cos(a) phi_1 + sin(a) (u_2 phi_2 + u_3 phi_3) with the least (E[R^3] - m3)^2 + (E[R^4] - m4)^2.
+
+    phi (G, 3, K), slopes (G, 2, K) -> R (G, K). Along each unit vector u the order holds on an arc 0 <= a < end(u), so
+    that the unit disk is a map of all R that keep it: direction u, radius a / end(u). A shrinking grid searches it.
+    """
+    present = (phi != 0).any(-1)[:, None]  # three values leave phi_3 out
+    pairs = (phi[:, :, None] * phi[:, None]).flatten(1, 2)
+    third, fourth = pairs @ phi.mT / phi.shape[-1], pairs @ pairs.mT / phi.shape[-1]
+    point = phi.new_zeros(len(phi), 1, 2)
+    for width in [1.0] + [0.25 * 0.8 ** i for i in range(110)]:
+        axis = torch.linspace(-width, width, 65 if width == 1 else 9, dtype=phi.dtype, device=phi.device)
+        points = point + torch.cartesian_prod(axis, axis)
+        radius = points.norm(dim=-1, keepdim=True)
+        u = points / radius.clamp(min=1e-300)
+        end = torch.pi
+        if monotone:
+            end = 0.99 * torch.atan2(torch.ones_like(radius), -(u @ slopes).amin(-1, keepdim=True))
+        a = radius.clamp(max=1) * end
+        c = torch.cat([a.cos(), a.sin() * u], -1) * present
+        c = c / c.norm(dim=-1, keepdim=True)
+        cc = (c[..., :, None] * c[..., None, :]).flatten(-2)
+        error = (((cc @ third) * c).sum(-1) - m3) ** 2 + (((cc @ fourth) * cc).sum(-1) - m4) ** 2
+        least = error.argmin(-1)[:, None, None]
+        point = points.gather(1, least.expand(-1, -1, 2))
+    return (c.gather(1, least.expand(-1, -1, 3)) @ phi)[:, 0]
+
+
+# Policies ---------------------------------------------------------------------------------------------------------
+
+
+def masked_mean(x, mask):
+    """Mean of x where mask: both of one shape -> a scalar; 0 where nothing is. What lies outside may even be NaN."""
+    mask = mask.bool()
+    return x.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def gae(reward, value, mask, gamma, lam):
+    """Generalised advantages A_t = sum_{l>=0} (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
+
+    reward, value, mask (B, T), the mask one stretch of each row -> (B, T), 0 outside, no gradient.
+    The return, which the value is trained on, is A + V. Schulman et al. 2016.
+    """
+    mask = mask.bool()
+    reward, value = reward.masked_fill(~mask, 0.0), value.masked_fill(~mask, 0.0)
+    # zero value past the end: the episode is over
+    delta = reward + gamma * F.pad(value[:, 1:], (0, 1)) - value
+    advantage = torch.zeros_like(delta)
+    after = delta.new_zeros(len(delta))
+    for t in reversed(range(delta.shape[1])):
+        after = torch.where(mask[:, t], delta[:, t] + gamma * lam * after, 0.0)
+        advantage[:, t] = after
+    return advantage
+
+
+def ppo_policy_loss(log_p, old_log_p, advantage, clip):
+    """-min(rho A, clamp(rho, 1 - clip, 1 + clip) A), rho = p / p_old: elementwise, any shape. Schulman et al. 2017.
+
+    No KL to a reference here: it is part of the reward.
+    """
+    ratio = (log_p - old_log_p).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def ppo_value_loss(value, old_value, returns, clip):
+    """max((V - returns)^2, (V_clipped - returns)^2) / 2, V_clipped within clip of V_old: elementwise, any shape."""
+    clipped = old_value + (value - old_value).clamp(-clip, clip)
+    return torch.maximum((value - returns) ** 2, (clipped - returns) ** 2) / 2

@@ -1,126 +1,131 @@
 """The embedded default data: a tiny made-up Reddit in the schema of SHP (https://huggingface.co/datasets/stanfordnlp/SHP).
 
-Somebody asks about a thing, its problem and the time left; others answer with a verb, the thing, a means and a time:
+Somebody has trouble with a thing, others say what to do:
 
-    Help, my kettle smells of fish and I have a day. Any tips?
-    I would rub the kettle with lemon by tonight. Good luck!
+    Rusty kettle since May, any tips?
+    Polish the kettle with oil.
 
 Unlike on Reddit the true quality of every answer is known, of any text whatsoever: `quality`. Scores are this quality
-plus noise. All comments have the same grammar and draw from the same words, so that neither their length nor their
-letters tell the good from the bad: what is right depends on the question.
+plus noise. Good and bad answers have the same grammar and draw from the same words, so that neither their length nor
+their letters tell them apart: what is right depends on the question.
 """
 import math
 import random
-import zlib
 from itertools import combinations
 
-# Each domain: things, and for each problem its verb and means. Whatever belongs to another problem or thing of the same
-# domain is half as useful as DOMAIN_FIT says, whatever belongs to another domain of no use. So every word is right and
-# wrong equally often.
+# Each domain: its things, and for each trouble a verb and a means. Those of the next row (the last row's next is the
+# first) are half right. So every word is right, half right and wrong equally often.
 DOMAINS = {
-    'askkitchen': (('kettle', 'oven', 'pan', 'teapot'), (
-        ('smells of fish', 'rub', 'with lemon'),
-        ('is all sticky', 'soak', 'in hot water'),
-        ('is full of lime', 'boil', 'in vinegar'),
-        ('has turned black', 'scrub', 'with salt'))),
-    'askgarden': (('rose', 'lawn', 'hedge', 'maple'), (
-        ('looks thirsty', 'sprinkle', 'from below'),
-        ('has pale leaves', 'mulch', 'with compost'),
-        ('is full of lice', 'spray', 'with soap'),
-        ('burns at noon', 'shade', 'with a sheet'))),
-    'askbikes': (('chain', 'brake', 'wheel', 'saddle'), (
-        ('squeaks a lot', 'grease', 'with wax'),
-        ('rattles a lot', 'wrap', 'with tape'),
-        ('slips in rain', 'sand', 'with a file'),
-        ('is frozen stiff', 'thaw', 'over a candle'))),
-    'askcats': (('tabby', 'kitten', 'moggy', 'calico'), (
-        ('hides all day', 'lure', 'with tuna'),
-        ('howls at night', 'cuddle', 'on the lap'),
-        ('bites my toes', 'tease', 'with a feather'),
-        ('claws the sofa', 'train', 'on a post')))}
-HASTE = (('I have an hour', 'right now.'), ('I have a day', 'by tonight.'),  # the neighbours in time earn one half
-         ('I have a week', 'by Friday.'), ('I can wait', 'some day.'))
-HELLOS = 'My', 'So my', 'Help, my', 'Hm, my'
-ASKS = 'Any tips?', 'What now?', 'Ideas?', 'Advice?', 'Why me?', 'Help!'
-OPENERS = 'Just', 'I would', 'Please', 'Maybe', 'Always', 'You can'       # they and the closers carry no quality
-CLOSERS = 'Good luck!', 'It works.', 'Trust me.', 'Enjoy!', 'Cheers.', 'Easy.'
-DOMAIN_FIT, WISDOM, SAME_DOMAIN = 0.3, 1.3, 0.4
-WEIGHTS = 0.30, 0.20, 0.34, 0.16                                          # of thing, verb, means, time
-NOISE, HASTE_NOISE = 0.09, 0.25                                           # standard deviations, in units of quality
+    'askkitchen': ('kettle oven pan teapot grill ladle bowl fridge', (
+        ('Smelly', 'Rub', 'with lemon.'),
+        ('Burnt', 'Scrub', 'with salt.'),
+        ('Limy', 'Boil', 'in vinegar.'),
+        ('Greasy', 'Degrease', 'with soda.'),
+        ('Rusty', 'Polish', 'with oil.'),
+        ('Clogged', 'Flush', 'in hot water.'))),
+    'askgarden': ('rose lawn hedge tulip maple bean carrot pear', (
+        ('Thirsty', 'Water', 'from below.'),
+        ('Pale', 'Mulch', 'with compost.'),
+        ('Eaten', 'Guard', 'under a net.'),
+        ('Naked', 'Tuck', 'in straw.'),
+        ('Overgrown', 'Cut', 'with shears.'),
+        ('Yellow', 'Nourish', 'with tea.'))),
+    'askbikes': ('chain brake wheel saddle pedal lamp gear horn', (
+        ('Dirty', 'Hose', 'in the yard.'),
+        ('Frozen', 'Unfreeze', 'over a candle.'),
+        ('Jammed', 'Loosen', 'with wax.'),
+        ('Wobbly', 'Adjust', 'with a key.'),
+        ('Kinked', 'Iron', 'on a stone.'),
+        ('Uneven', 'Yank', 'with a rope.'))),
+    'askcats': ('tabby kitten moggy siamese persian calico burmese ragdoll', (
+        ('Hungry', 'Entice', 'with tuna.'),
+        ('Afraid', 'Occupy', 'with a feather.'),
+        ('Messy', 'Vacuum', 'after a bath.'),
+        ('Itchy', 'Quiet', 'on the lap.'),
+        ('Vocal', 'Kiss', 'at dawn.'),
+        ('Zany', 'Join', 'on a post.')))}
+WHENS = '', ' again', ' since May', ' all week', ' at night', ' for years'
+ASKS = 'help!', 'any tips?', 'what now?', 'ideas?', 'advice?', 'why me?', 'please!', 'who knows?'
+WEIGHTS = 0.30, 0.35, 0.35       # of thing, verb and means
+NOISE, TIME_NOISE = 0.15, 0.25   # standard deviations of a score and of a comment's place in time, in units of quality
+GAP = 0.04                       # comments of one post differ in quality at least by this
 
-
-CURES = [cure for _, cures in DOMAINS.values() for cure in cures]
-PROBLEMS = [problem for problem, _, _ in CURES]
-SLOTS = ([thing for things, _ in DOMAINS.values() for thing in things], [verb for _, verb, _ in CURES],
-         [means for _, _, means in CURES], [time for _, time in HASTE])   # what an answer chooses from
-PARTS = [''], OPENERS, SLOTS[1], ['the'], SLOTS[0], SLOTS[2], SLOTS[3], CLOSERS, ['']
-LEGAL = ({pair for part in PARTS for phrase in part for pair in zip(phrase.split(), phrase.split()[1:])}
+THINGS = [(domain, thing) for domain, (things, _) in DOMAINS.items() for thing in things.split()]
+CURES = [(domain, *cure) for domain, (_, cures) in DOMAINS.items() for cure in cures]
+SLOTS = [thing for _, thing in THINGS], [verb for _, _, verb, _ in CURES], [means for _, _, _, means in CURES]
+PARTS = [''], SLOTS[1], ['the'], SLOTS[0], SLOTS[2], ['']  # of an answer, in this order; '' is its start and its end
+LEGAL = ({pair for means in SLOTS[2] for pair in zip(means.split(), means.split()[1:])}
          | {(a.split(' ')[-1], b.split(' ')[0]) for left, right in zip(PARTS, PARTS[1:]) for a in left for b in right})
 
 
-def find(phrases, text):
-    return next((i for i, phrase in enumerate(phrases) if f' {phrase} ' in text), None)
-
-
 def understand(history):
-    """A question -> indices (thing, problem, haste), None where the text does not say."""
-    text = history.replace('.', ' ')
-    return find(SLOTS[0], text), find(PROBLEMS, text), find([left for left, _ in HASTE], text)
+    """A question -> (index of its thing, index of its trouble), None for what is not one of ours."""
+    trouble, thing = ([*history.split(), '', ''])[:2]
+    find = lambda names, name: names.index(name) if name in names else None
+    return find(SLOTS[0], thing.rstrip(',')), find([cure[1] for cure in CURES], trouble)
 
 
-def fits(asked):
-    """How well each phrase of each slot fits a question: four lists, in the order of SLOTS."""
-    thing, problem, haste = asked
-
-    def near(size, right):  # things and problems come in blocks of four, one per domain
-        return [1.0 if i == right else DOMAIN_FIT if i // 4 == right // 4 else 0.0 for i in range(size)]
-    return (near(len(SLOTS[0]), thing), near(len(CURES), problem), near(len(CURES), problem),
-            [max(0.0, 1 - abs(i - haste) / 2) for i in range(len(HASTE))])
+def fits(thing, trouble):
+    """How well each phrase of each slot fits a question: lists of 0, 1/2 and 1 for things, verbs and means."""
+    row, first = trouble % 6, trouble - trouble % 6  # six troubles a domain
+    cure = [1.0 if i == trouble else 0.5 if i == first + (row + 1) % 6 else 0.0 for i in range(len(CURES))]
+    return [float(i == thing) for i in range(len(THINGS))], cure, cure
 
 
 def quality(history, answer):
-    """True quality in [0, 1] of any answer text to a question: form^2 * sum over slots of weight * mean fit."""
+    """True quality in [0, 1] of any answer text to a question: form^2 * sum over slots of weight * mean fit.
+
+    form: distinct legal pairs of neighbouring words over all pairs, so misspelt, unfinished, repeated and rambling
+    text loses. Mean fit: over all phrases of the slot that the answer contains, so that listing many earns no more
+    than guessing; 0 where there is none. A history that is not one of ours has no good answers: 0.
+    """
     asked = understand(history)
     if None in asked:
         return 0.0
     words = ['', *answer.strip().split(' '), '']
     pairs = list(zip(words, words[1:]))
     form = len(LEGAL.intersection(pairs)) / len(pairs)
-    padded, total = ' ' + ' '.join(words) + ' ', 0.0
-    for weight, phrases, fit in zip(WEIGHTS, SLOTS, fits(asked)):
+    padded, total = ' '.join(words), 0.0
+    for weight, phrases, fit in zip(WEIGHTS, SLOTS, fits(*asked)):
         counts = [padded.count(f' {phrase} ') for phrase in phrases]
         total += weight * sum(c * f for c, f in zip(counts, fit)) / max(1, sum(counts))
     return form ** 2 * total
 
 
 def ask(rng, split):
-    """A question of this split -> (history, domain, (thing, problem, haste))."""
+    """A question -> (history, thing, trouble). Held-out posts join a thing and a trouble that never meet in train."""
     while True:
-        d = rng.randrange(4)
-        asked = thing, problem, haste = 4 * d + rng.randrange(4), 4 * d + rng.randrange(4), rng.randrange(len(HASTE))
-        history = (f'{rng.choice(HELLOS)} {SLOTS[0][thing]} {PROBLEMS[problem]} and {HASTE[haste][0]}. '
-                   f'{rng.choice(ASKS)}')
-        if {0: 'validation', 1: 'test'}.get(zlib.crc32(history.encode()) % 8, 'train') == split:
-            return history, list(DOMAINS)[d], asked
+        trouble = rng.randrange(len(CURES))
+        thing = rng.choice([i for i, (domain, _) in enumerate(THINGS) if domain == CURES[trouble][0]])
+        if {0: 'validation', 1: 'test'}.get((thing + trouble) % 8, 'train') == split:
+            return f'{CURES[trouble][1]} {SLOTS[0][thing]}{rng.choice(WHENS)}, {rng.choice(ASKS)}', thing, trouble
 
 
-def reply(rng, asked):
-    """One comment's text. The wiser its author, the more slots are well chosen; the others are guessed."""
-    wisdom = rng.random() ** WISDOM
-    def choose(phrases, fit):
-        if rng.random() < wisdom:
-            return phrases[fit.index(1.0)]
-        return rng.choice([p for p, f in zip(phrases, fit) if f] if rng.random() < SAME_DOMAIN else phrases)
-    thing, verb, means, time = map(choose, SLOTS, fits(asked))
-    return f'{rng.choice(OPENERS)} {verb} the {thing} {means} {time} {rng.choice(CLOSERS)}'
+def reply(rng, thing, trouble):
+    """One comment's text. The wiser its author, the more is well chosen; the rest is guessed, sometimes off topic."""
+    wisdom = rng.random() ** 1.3
+
+    def among(names, domain):
+        return rng.choice([i for i, name in enumerate(names) if name[0] == domain])
+    domain = CURES[trouble][0] if rng.random() < 0.7 + 0.3 * wisdom else rng.choice(list(DOMAINS))
+    at_home = domain == CURES[trouble][0]
+    verb = trouble if at_home and rng.random() < wisdom else among(CURES, domain)
+    means = verb if rng.random() < 0.75 else among(CURES, domain)
+    object = thing if at_home and rng.random() < wisdom else among(THINGS, domain)
+    return f'{SLOTS[1][verb]} the {SLOTS[0][object]} {SLOTS[2][means]}'
 
 
 def discuss(rng, post_id, history, asked):
-    """2 to 8 comments on a post: list of (id, time, score, text), oldest first."""
+    """2 to 8 comments on a post, no two of them of one quality: list of (id, time, score, text), oldest first."""
+    merits = {}
+    for text in (reply(rng, *asked) for _ in range(rng.randint(3, 16))):
+        merit = quality(history, text)
+        if len(merits) < 8 and all(abs(merit - other) > GAP for other in merits.values()):
+            merits[text] = merit
     comments = []
-    for text in dict.fromkeys(reply(rng, asked) for _ in range(rng.randint(2, 8))):
-        merit = quality(history, text) + rng.gauss(0, NOISE)
-        comments.append((merit + rng.gauss(0, HASTE_NOISE), 2 + int(math.exp(5 * merit)), text))
+    for text, merit in merits.items():
+        merit += rng.gauss(0, NOISE)
+        comments.append((merit + rng.gauss(0, TIME_NOISE), 2 + int(math.exp(5 * merit)), text))
     time, written = rng.randint(1_500_000_000, 1_650_000_000), []
     for i, (_, score, text) in enumerate(sorted(comments)):  # good answers take longer: hence long chains of preferences
         time += rng.randint(20, 5000)
@@ -140,7 +145,7 @@ def toy_rows(split, n, seed):
     posts = 0
     while posts < n:
         post_id = f'{split}{posts}'
-        history, domain, asked = ask(rng, split)
+        history, *asked = ask(rng, split)
         upvote_ratio = rng.randint(70, 100) / 100
         pairs = [(late, early) for early, late in combinations(discuss(rng, post_id, history, asked), 2)
                  if late[2] > early[2]]
@@ -148,7 +153,7 @@ def toy_rows(split, n, seed):
         for better, worse in pairs:
             label = rng.randrange(2)
             a, b = (better, worse) if label else (worse, better)
-            yield {'post_id': post_id, 'domain': f'{domain}_{split}', 'upvote_ratio': upvote_ratio, 'history': history,
+            yield {'post_id': post_id, 'domain': f'{CURES[asked[1]][0]}_{split}', 'upvote_ratio': upvote_ratio, 'history': history,
                    'c_root_id_A': a[0], 'c_root_id_B': b[0], 'created_at_utc_A': a[1], 'created_at_utc_B': b[1],
                    'score_A': a[2], 'score_B': b[2], 'human_ref_A': a[3], 'human_ref_B': b[3], 'labels': label,
                    'seconds_difference': float(better[1] - worse[1]), 'score_ratio': better[2] / worse[2]}

@@ -2,4 +2,6 @@
 # python train.py config/toy_t0.py
 out_dir = 'out/toy_t0'
 source = 'toy'
+cut, block_size, batch_size = 'examples', 80, 64
+learning_rate, min_lr = 2e-3, 2e-4
 taylor_order = 0

@@ -1,7 +1,6 @@
 # The teacher of the toy distillation: longer, on the best answers only (ten times the score of a worse one).
 # python train.py config/toy_teacher.py
 out_dir = 'out/toy_teacher'
-source = 'toy'
-dataset = 'toy_best'
-min_score_ratio = 10.0
-max_iters = 2000
+source, dataset, min_score_ratio = 'toy', 'toy_best', 10.0
+cut, block_size, batch_size = 'examples', 80, 64
+learning_rate, min_lr = 2e-3, 2e-4

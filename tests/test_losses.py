@@ -1,13 +1,29 @@
-"""Token losses: every formula against brute force in float64, the fused path against the plain one."""
+"""Every formula against brute force in float64, and the fused paths against the plain ones."""
+import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import linear_taylor_loss, linear_token_log_prob, taylor_link, taylor_loss, token_log_prob
+from losses import (gae, implicit_reward, linear_taylor_loss, linear_token_log_prob, masked_mean,
+                    plackett_luce_log_prob, plackett_luce_loss, ppo_policy_loss, ppo_value_loss, renormalize_reward,
+                    taylor_link, taylor_loss, token_log_prob)
 
 ORDERS = range(5)
+NAN, INF = float('nan'), float('inf')
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def normal(rng, *shape):
+    return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+# Tokens --------------------------------------------------------------------------------------------------------------
 
 
 def series(q, n, terms=4000):
@@ -261,3 +277,423 @@ def test_shapes_that_do_not_fit_are_refused():
     for bad in ((hidden[:, :-1], weight, targets), (hidden, weight, targets[1:]), (hidden[None], weight, targets)):
         with pytest.raises(ValueError, match='hidden .N, C.'):
             linear_taylor_loss(*bad, 0)
+
+
+# Rankings -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('K', [1, 2, 3, 4, 5])
+def test_all_orders_sum_to_one(K, rng):
+    scores = 3 * normal(rng, K)
+    log_p = torch.stack([plackett_luce_log_prob(scores[list(order)]).sum() for order in
+                         itertools.permutations(range(K))])
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_stages_are_the_definition(rng):
+    scores = 5 * normal(rng, 7, 6)
+    stages = [scores[:, k] - scores[:, k:].logsumexp(-1) for k in range(6)]
+    torch.testing.assert_close(plackett_luce_log_prob(scores), torch.stack(stages, -1))
+    assert (plackett_luce_log_prob(scores)[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_two_answers_are_bradley_terry(dtype):
+    margin = torch.tensor([-1e4, -90, -3, 0, 0.5, 30, 90, 1e4], dtype=dtype)
+    ours, theirs = (torch.stack([margin, torch.zeros_like(margin)], -1).requires_grad_() for _ in range(2))
+    loss, expected = plackett_luce_loss(ours), -F.logsigmoid(theirs[:, 0] - theirs[:, 1])
+    loss.sum().backward(), expected.sum().backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('n', [0, 1, 2])
+def test_shift_changes_nothing(n, rng):
+    scores, shift = normal(rng, 8, 5), 100 * normal(rng, 8, 1)
+    torch.testing.assert_close(plackett_luce_loss(scores + shift, n), plackett_luce_loss(scores, n))
+
+
+def test_large_scores_keep_their_digits_in_float32(rng):
+    scores = (8 * normal(rng, 8, 5)).round() / 8
+    shifted = (scores - 2 ** 14).float()  # exact
+    torch.testing.assert_close(plackett_luce_loss(shifted), plackett_luce_loss(scores).float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('n', [0, 1, 2])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64])
+def test_log_probabilities_of_1e4_stay_finite(n, dtype):
+    log_p = torch.tensor([[-1e4, -2e4, -1.0, 0.0], [0.0, -1e4, -1e4, -3e4]], dtype=dtype, requires_grad=True)
+    loss = plackett_luce_loss(implicit_reward(log_p, -1e4 * torch.ones_like(log_p), 1.0), n)
+    loss.sum().backward()
+    assert loss.isfinite().all() and log_p.grad.isfinite().all()
+    assert loss[0].item() == pytest.approx(3e4, rel=0.02)
+
+
+@pytest.mark.parametrize('n', [0, 1, 2, 3])
+@pytest.mark.parametrize('junk', [NAN, INF, -INF, 1e30, -1e30, 0.0])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64])
+def test_ragged_equals_separate_and_padding_is_dead(n, junk, dtype, rng):
+    sizes = [5, 1, 2, 3, 4, 0]
+    groups = [4 * normal(rng, k).to(dtype) for k in sizes]
+    scores = torch.stack([F.pad(g, (0, 5 - len(g)), value=junk) for g in groups]).requires_grad_()
+    valid = torch.arange(5) < torch.tensor(sizes)[:, None]
+    loss = plackett_luce_loss(scores, n, valid)
+    loss.sum().backward()
+    assert (plackett_luce_log_prob(scores, valid)[~valid] == 0).all()
+    assert (scores.grad[~valid] == 0).all()
+    for i, group in enumerate(groups[:-1]):
+        alone = group.clone().requires_grad_()
+        separate = plackett_luce_loss(alone, n)
+        separate.backward()
+        torch.testing.assert_close(loss[i], separate)
+        torch.testing.assert_close(scores.grad[i, :len(group)], alone.grad)
+    assert loss[1] == 0 and loss[-1] == 0 and (scores.grad[1] == 0).all()
+
+
+def test_a_single_answer_has_no_loss_and_a_gradient_of_zero():
+    scores = torch.ones(3, 1, requires_grad=True)
+    plackett_luce_loss(scores).sum().backward()
+    assert (plackett_luce_loss(scores) == 0).all() and (scores.grad == 0).all()
+
+
+@pytest.mark.parametrize('K', [1, 2, 5, 12])
+@pytest.mark.parametrize('n', [0, 1, 2])
+def test_start_value(K, n, rng):
+    log_p = normal(rng, K)
+    start = plackett_luce_loss(implicit_reward(log_p, log_p, 0.1), n)
+    expected = sum(-math.log(1 / m) - sum((1 - 1 / m) ** k / k for k in range(1, n + 1)) for m in range(2, K + 1))
+    assert start.item() == pytest.approx(expected, abs=1e-12)
+    assert n or start.item() == pytest.approx(math.lgamma(K + 1))
+
+
+@pytest.mark.parametrize('n', [0, 1, 2, 3])
+def test_gradients(n, rng):
+    scores = normal(rng, 3, 4).requires_grad_()
+    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    assert torch.autograd.gradcheck(lambda s: plackett_luce_loss(s, n), scores)
+    assert torch.autograd.gradcheck(lambda s: plackett_luce_loss(s, n, valid), scores)
+
+
+def test_implicit_reward_is_the_tempered_log_ratio():
+    assert implicit_reward(torch.tensor(-3.0), torch.tensor(-5.0), 0.5) == 1
+
+
+# Renormalised rewards: groups of many kinds, one row each
+
+
+def groups(rng, rows=60, K=16):
+    x, y = normal(rng, rows, K), normal(rng, rows, K)
+    return {'normal': x, 'right-skewed': x.exp(), 'left-skewed': -x.exp(), 'heavy tails': x / y,
+            'uniform': x.erf(), 'bimodal': 0.1 * x + y.sign(), 'ties': x.round(), 'few': x[:, :4],
+            'many': torch.cat([x, y, x + y, x - y], 1), 'near pairs': torch.cat([x, x + 1e-9], 1),
+            'offset': 1e3 + x, 'an outlier': torch.cat([x, 1e6 * y[:, :1].abs()], 1)}
+
+
+KINDS = list(groups(torch.Generator().manual_seed(0), 1))
+
+
+def moment(x, k):
+    return (x ** k).mean(-1)
+
+
+def assert_same_order(R, reward):
+    """Strictly: greater where greater, equal where equal."""
+    assert torch.equal((R[:, :, None] - R[:, None]).sign(), (reward[:, :, None] - reward[:, None]).sign())
+
+
+def angles_of(r, monotone, points=20001):
+    """Brute force for one group r (K,): R and a on a fine grid of angles; the order-preserving arc, if asked."""
+    x = (r - r.mean()) / r.std(correction=0)
+    basis = torch.linalg.qr(torch.stack([torch.ones_like(x), x, x * x], 1))[0] * math.sqrt(len(x))
+    phi_1, phi_2 = basis[:, 1] * (basis[:, 1] @ x).sign(), basis[:, 2] * (basis[:, 2] @ (x * x)).sign()
+    a = torch.linspace(-math.pi, math.pi, points, dtype=r.dtype)[:, None]
+    R = a.cos() * phi_1 + a.sin() * phi_2
+    if monotone:
+        order = r.argsort()
+        distinct = r[order].diff() > 0
+        kept = (R[:, order].diff()[:, distinct] > 0).all(1).nonzero()[:, 0]
+        margin = math.ceil(0.01 * len(kept))  # one arc
+        R, a = R[kept[margin:len(kept) - margin]], a[kept[margin:len(kept) - margin]]
+    return R, a[:, 0]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_two_moments_are_whitening(kind, rng):
+    reward = groups(rng)[kind]
+    R, residual, exact = renormalize_reward(reward)
+    expected = (reward - reward.mean(-1, keepdim=True)) / reward.std(-1, correction=0, keepdim=True)
+    torch.testing.assert_close(R, expected, rtol=1e-9, atol=1e-9)
+    assert exact.all() and (residual == 0).all()
+
+
+@pytest.mark.parametrize('monotone', [True, False])
+@pytest.mark.parametrize('kind', KINDS)
+def test_three_moments(kind, monotone, rng):
+    reward = groups(rng)[kind]
+    R, residual, exact = renormalize_reward(reward, 3, monotone)
+    torch.testing.assert_close(moment(R, 1), torch.zeros(len(R)).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(moment(R, 2), torch.ones(len(R)).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(residual, (moment(R, 3) - 1).abs(), rtol=0, atol=1e-10)
+    assert (residual[exact] < 1e-10).all() and (residual[~exact] > 1e-8).all()
+    if monotone:
+        assert_same_order(R, reward)
+
+
+@pytest.mark.parametrize('monotone', [True, False])
+@pytest.mark.parametrize('kind', ['normal', 'right-skewed', 'left-skewed', 'heavy tails', 'ties', 'few', 'uniform',
+                                  'an outlier'])
+def test_three_moments_against_a_fine_grid(kind, monotone, rng):
+    reward = groups(rng, 40)[kind]
+    result = renormalize_reward(reward, 3, monotone)
+    for r, R, residual, exact in zip(reward, *result):
+        if len(r.unique()) < 3:
+            continue
+        candidates, a = angles_of(r, monotone)
+        error = moment(candidates, 3) - 1
+        roots = (error[1:].sign() != error[:-1].sign()).nonzero()[:, 0]
+        if error.abs().min() < 1e-3 and not len(roots):
+            continue  # the grid cannot tell
+        assert bool(exact) == (len(roots) > 0)
+        best = roots[a[roots].abs().argmin()] if exact else error.abs().argmin()
+        torch.testing.assert_close(R, candidates[best], rtol=0, atol=2e-3 * len(r) ** 0.5)
+        assert residual <= error.abs().min() + 2e-3
+
+
+def test_a_good_share_is_exact_and_order_often_costs_it(rng):
+    reward = normal(rng, 400, 16)
+    share = renormalize_reward(reward, 3).exact.double().mean()
+    assert 0.4 < share < 0.65 and renormalize_reward(reward, 3, False).exact.double().mean() > 0.98
+    assert renormalize_reward(-reward.exp(), 3).exact.double().mean() < 0.05
+    unordered = renormalize_reward(-reward.exp(), 3, monotone=False).reward
+    assert (unordered.argsort() != (-reward).argsort(descending=True)).any()
+
+
+@pytest.mark.parametrize('monotone', [True, False])
+def test_never_exact(monotone, rng):
+    for K in (1, 2, 3):
+        assert not renormalize_reward(normal(rng, 200, K), 3, monotone).exact.any()
+    binary = torch.stack([(torch.arange(16) < ones) for ones in range(1, 16)]).double()
+    R, residual, exact = renormalize_reward(binary, 3, monotone)
+    assert not exact.any() and torch.equal(R, renormalize_reward(binary).reward)
+    torch.testing.assert_close(residual, (moment(R, 3) - 1).abs())
+
+
+@pytest.mark.parametrize('kw', [dict(n=2), dict(n=3), dict(n=3, monotone=False), dict(moments=(0,)),
+                                dict(moments=(0, 3)), dict(moments=(0, 3), monotone=False)])
+def test_no_spread(kw):
+    for row in ([0.0] * 4, [-7.5] * 4, [1e6, 1e6 + 0.5, 1e6, 1e6], [0, 1e-7, 0, 0], [1e4 / 3] * 4):
+        R, residual, exact = renormalize_reward(torch.tensor([row, [1, 2, 4, 8]]), **kw)
+        assert (R[0] == 0).all() and not exact[0] and R[1].std() > 0.5
+    one = renormalize_reward(torch.tensor([[5.0]]), **kw)
+    assert one.reward.tolist() == [[0]] and not one.exact.any()
+    assert renormalize_reward(torch.ones(3), n=3).residual == 1
+
+
+@pytest.mark.parametrize('kw', [dict(n=2), dict(n=3), dict(n=3, monotone=False), dict(moments=(0,)),
+                                dict(moments=(0, 3))])
+def test_equivariances(kw, rng):
+    tolerance = 1e-5 if kw.get('moments') == (0, 3) else 1e-7  # a least error that is not 0 is flat in a
+    for kind in ('normal', 'left-skewed', 'ties', 'few'):
+        reward = groups(rng, 20)[kind]
+        R, residual, exact = renormalize_reward(reward, **kw)
+        scaled = renormalize_reward(37.5 * reward - 11, **kw)
+        torch.testing.assert_close(scaled.reward, R, rtol=0, atol=tolerance)
+        torch.testing.assert_close(scaled.residual, residual, rtol=0, atol=1e-9)
+        order = torch.randperm(reward.shape[1], generator=rng)
+        shuffled = renormalize_reward(reward[:, order], **kw)
+        assert torch.equal(shuffled.reward, R[:, order]) and torch.equal(shuffled.residual, residual)
+        assert torch.equal(shuffled.exact, exact)
+
+
+def test_duplicates_are_equal_and_near_duplicates_ordered():
+    reward = torch.tensor([[0, 1, 1, 2, 5, 5], [0, 1, 1 + 1e-9, 2, 5 - 1e-9, 5], [3, 3, 3 + 1e-11, 4, 4, 4.0],
+                           [0, 0, 0, 1, 1, 1 + 1e-14]], dtype=torch.float64)
+    for kw in (dict(n=3), dict(moments=(0.5,)), dict(moments=(0, 3))):
+        R = renormalize_reward(reward, **kw).reward
+        assert_same_order(R, reward)
+        torch.testing.assert_close(moment(R, 2), torch.ones(4).double(), rtol=0, atol=1e-9)
+    R = renormalize_reward(reward, 3, monotone=False).reward
+    assert R[0, 1] == R[0, 2] and R[0, 4] == R[0, 5]
+
+
+def test_order_survives_rounding(rng):
+    x = normal(rng, 500, 6)
+    reward = torch.cat([x, x[:, :2] + 1e-14], 1)
+    assert_same_order(renormalize_reward(reward, 3).reward, reward)
+
+
+def test_a_large_offset_costs_no_digits(rng):
+    reward = (16 * normal(rng, 20, 15)).round() / 8
+    torch.testing.assert_close(renormalize_reward(2 ** 20 + reward).reward, renormalize_reward(reward).reward,
+                               rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize('moments', [(1.0,), (0.0,), (-0.5,), (0, 3), (1, 2), (0.5, 2.5)])
+@pytest.mark.parametrize('kind', ['normal', 'left-skewed', 'heavy tails', 'ties', 'few', 'many'])
+def test_explicit_moments(moments, kind, rng):
+    reward = groups(rng, 12)[kind]
+    R, residual, exact = renormalize_reward(reward, moments=moments)
+    assert_same_order(R, reward)
+    torch.testing.assert_close(moment(R, 1), torch.zeros(len(R)).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(moment(R, 2), torch.ones(len(R)).double(), rtol=0, atol=1e-12)
+
+    def misses(x):
+        return sum((moment(x, k) - m) ** 2 for k, m in enumerate(moments, 3)).sqrt()
+    torch.testing.assert_close(residual, misses(R), rtol=1e-9, atol=1e-9)
+    assert torch.equal(exact, residual <= 1e-8)
+    # never worse than whitening, unless that lies at the very edge of the order-preserving polynomials
+    assert (residual <= misses(renormalize_reward(reward).reward) + 0.05).all()
+
+
+def test_one_moment_of_one_is_three_moments(rng):
+    reward = normal(rng, 50, 8)
+    for monotone in (True, False):
+        assert torch.equal(renormalize_reward(reward, 3, monotone).reward,
+                           renormalize_reward(reward, 2, monotone, moments=(1,)).reward)
+
+
+@pytest.mark.parametrize('kind', ['normal', 'left-skewed', 'heavy tails', 'bimodal'])
+def test_two_moments_against_random_search(kind, rng):
+    reward = groups(rng, 12, 8)[kind]
+    result = renormalize_reward(reward, moments=(0.3, 2.5))
+    for r, residual in zip(reward, result.residual):
+        x = ((r - r.mean()) / r.std(correction=0)).sort()[0]
+        basis = torch.linalg.qr(torch.stack([x ** k for k in range(4)], 1))[0][:, 1:] * math.sqrt(len(x))
+        R = F.normalize(normal(rng, 40000, 3), dim=-1) @ basis.T
+        R = R[(R.diff() > 0).all(1)]
+        best = torch.hypot(moment(R, 3) - 0.3, moment(R, 4) - 2.5).min()
+        assert len(R) > 100 and residual <= best + 0.02  # the search goes to the edge, ours stays 1 % inside
+
+
+def test_gaussian_moments_are_reached(rng):
+    assert renormalize_reward(normal(rng, 64, 32), moments=(0, 3)).exact.double().mean() > 0.9
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_shape_and_no_gradient(dtype, rng):
+    reward = normal(rng, 2, 3, 8).to(dtype).requires_grad_()
+    for kw in (dict(n=2), dict(n=3), dict(moments=(0, 3))):
+        R, residual, exact = renormalize_reward(reward, **kw)
+        assert R.dtype == residual.dtype == dtype and exact.dtype == torch.bool and not R.requires_grad
+        assert R.shape == (2, 3, 8) and residual.shape == exact.shape == (2, 3)
+        torch.testing.assert_close(renormalize_reward(reward[1, 2], **kw).reward, R[1, 2])
+        assert ((R.diff() * reward.diff()) >= 0).all()  # rounding may join two values, never swap them
+
+
+def test_a_nan_stays_in_its_group(rng):
+    reward = normal(rng, 3, 8)
+    clean = renormalize_reward(reward, 3).reward
+    reward[1, 4] = NAN
+    R, residual, exact = renormalize_reward(reward, 3)
+    assert R[1].isnan().all() and not exact[1]
+    assert torch.equal(R[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize('n', [4, 5, 12])
+def test_four_moments_of_one_are_refused(n):
+    with pytest.raises(ValueError, match=r'kurtosis >= skewness\^2 \+ 1.*moments='):
+        renormalize_reward(torch.randn(2, 8), n)
+
+
+@pytest.mark.parametrize('kw, words', [(dict(n=1), 'n = 2 and 3'), (dict(n=0), 'n = 2 and 3'), (dict(n=-2), 'n=-2'),
+                                       (dict(n=2.5), 'n=2.5'), (dict(moments=(1, 1.9)), 'at least 2'),
+                                       (dict(moments=(0, NAN)), 'kurtosis'), (dict(moments=(0, 3, 0)), 'm3, m4')])
+def test_impossible_requests_are_refused(kw, words):
+    with pytest.raises(ValueError, match=words):
+        renormalize_reward(torch.randn(2, 8), **kw)
+
+
+# Policies -------------------------------------------------------------------------------------------------------------
+
+
+def ragged_mask(rng, B, T):
+    start, end = torch.randint(0, T + 1, (2, B, 1), generator=rng).sort(0)[0]
+    return (torch.arange(T) >= start) & (torch.arange(T) < end)
+
+
+@pytest.mark.parametrize('gamma, lam', [(1, 1), (1, 0.95), (0.99, 0.9), (0.9, 0), (0, 0.5)])
+def test_gae_is_its_definition(gamma, lam, rng):
+    B, T = 12, 9
+    reward, value, mask = normal(rng, B, T), normal(rng, B, T), ragged_mask(rng, B, T)
+    expected = torch.zeros(B, T).double()
+    for b in range(B):
+        steps = mask[b].nonzero()[:, 0].tolist()
+        v = [value[b, t].item() for t in steps] + [0]
+        delta = [reward[b, t].item() + gamma * v[i + 1] - v[i] for i, t in enumerate(steps)]
+        for i, t in enumerate(steps):
+            expected[b, t] = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(delta)))
+    reward[~mask], value[~mask] = NAN, INF
+    torch.testing.assert_close(gae(reward, value, mask, gamma, lam), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gae(reward, value, mask.float(), gamma, lam), expected, rtol=0, atol=1e-12)
+
+
+def test_gae_without_discount_is_reward_to_go_minus_value(rng):
+    reward, value, mask = normal(rng, 6, 10), normal(rng, 6, 10), ragged_mask(rng, 6, 10)
+    to_go = (reward * mask).flip(-1).cumsum(-1).flip(-1)
+    torch.testing.assert_close(gae(reward, value, mask, 1.0, 1.0), (to_go - value) * mask)
+
+
+def test_gae_of_a_perfect_critic_is_zero(rng):
+    reward, mask = normal(rng, 6, 10), torch.ones(6, 10).bool()
+    value = reward.flip(-1).cumsum(-1).flip(-1)
+    torch.testing.assert_close(gae(reward, value, mask, 1.0, 0.7), torch.zeros(6, 10).double(), rtol=0, atol=1e-12)
+
+
+def test_masked_mean(rng):
+    x, mask = normal(rng, 5, 7), ragged_mask(rng, 5, 7)
+    x[~mask] = NAN
+    x.requires_grad_()
+    mean = masked_mean(x, mask)
+    mean.backward()
+    torch.testing.assert_close(mean, x[mask].mean())
+    torch.testing.assert_close(x.grad, mask / mask.sum().double())
+    assert masked_mean(x, torch.zeros_like(mask)) == 0
+
+
+def scalar_policy_loss(log_p, old_log_p, advantage, clip):
+    """The loss and its derivative by log_p."""
+    ratio = math.exp(log_p - old_log_p)
+    if (advantage > 0 and ratio > 1 + clip) or (advantage < 0 and ratio < 1 - clip):
+        return -min(max(ratio, 1 - clip), 1 + clip) * advantage, 0.0
+    return -ratio * advantage, -ratio * advantage
+
+
+def test_policy_loss(rng):
+    log_p, old_log_p, advantage = normal(rng, 3, 200) * 0.4 - torch.tensor([[0.0], [5], [0]])
+    log_p, old_log_p = log_p.requires_grad_(), old_log_p + 5
+    loss = ppo_policy_loss(log_p, old_log_p, advantage, 0.2)
+    loss.sum().backward()
+    expected = torch.tensor([scalar_policy_loss(*row, 0.2) for row in zip(log_p.tolist(), old_log_p.tolist(),
+                                                                           advantage.tolist())]).double()
+    torch.testing.assert_close(loss, expected[:, 0].to(loss), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(log_p.grad, expected[:, 1].to(loss), rtol=1e-6, atol=1e-6)
+    clipped = expected[:, 1] == 0
+    assert clipped.sum() > 20 and (log_p.grad[clipped] == 0).all() and (log_p.grad[~clipped] != 0).all()
+
+
+def test_policy_loss_starts_as_the_policy_gradient(rng):
+    advantage, log_p = normal(rng, 50), normal(rng, 50).requires_grad_()
+    loss = ppo_policy_loss(log_p, log_p.detach(), advantage, 0.2)
+    loss.sum().backward()
+    assert torch.equal(loss, -advantage) and torch.equal(log_p.grad, -advantage)
+
+
+def scalar_value_loss(value, old_value, target, clip):
+    """The loss and its derivative by value."""
+    clipped = min(max(value, old_value - clip), old_value + clip)
+    if clipped != value and (clipped - target) ** 2 > (value - target) ** 2:
+        return (clipped - target) ** 2 / 2, 0.0
+    return (value - target) ** 2 / 2, value - target
+
+
+def test_value_loss(rng):
+    value, old_value, returns = normal(rng, 3, 200)
+    value = value.clone().requires_grad_()
+    loss = ppo_value_loss(value, old_value, returns, 0.3)
+    loss.sum().backward()
+    expected = torch.tensor([scalar_value_loss(*row, 0.3) for row in zip(value.tolist(), old_value.tolist(),
+                                                                          returns.tolist())], dtype=torch.float64)
+    torch.testing.assert_close(loss, expected[:, 0])
+    torch.testing.assert_close(value.grad, expected[:, 1])
+    clipped = expected[:, 1] == 0
+    assert clipped.sum() > 20 and (value.grad[clipped] == 0).all() and (value.grad[~clipped] != 0).all()
