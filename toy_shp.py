@@ -1,4 +1,4 @@
-"""The embedded default data: a tiny made-up Reddit in the schema of SHP (https://huggingface.co/datasets/stanfordnlp/SHP).
+"""The embedded default data: a tiny made-up Reddit in the schema of SHP (huggingface.co/datasets/stanfordnlp/SHP).
 
 Somebody has trouble with a thing, others say what to do:
 
@@ -46,7 +46,7 @@ DOMAINS = {
         ('Zany', 'Join', 'on a post.')))}
 WHENS = '', ' again', ' since May', ' all week', ' at night', ' for years'
 ASKS = 'help!', 'any tips?', 'what now?', 'ideas?', 'advice?', 'why me?', 'please!', 'who knows?'
-WEIGHTS = 0.30, 0.35, 0.35       # of thing, verb and means
+WEIGHTS = 6, 7, 7                # of thing, verb and means
 NOISE, TIME_NOISE = 0.15, 0.25   # standard deviations of a score and of a comment's place in time, in units of quality
 GAP = 0.04                       # comments of one post differ in quality at least by this
 
@@ -60,20 +60,20 @@ LEGAL = ({pair for means in SLOTS[2] for pair in zip(means.split(), means.split(
 
 def understand(history):
     """A question -> (index of its thing, index of its trouble), None for what is not one of ours."""
-    trouble, thing = ([*history.split(), '', ''])[:2]
-    find = lambda names, name: names.index(name) if name in names else None
-    return find(SLOTS[0], thing.rstrip(',')), find([cure[1] for cure in CURES], trouble)
+    trouble, thing = [*history.split(), '', ''][:2]
+    return (next((i for i, name in enumerate(SLOTS[0]) if name == thing.rstrip(',')), None),
+            next((i for i, (_, name, _, _) in enumerate(CURES) if name == trouble), None))
 
 
 def fits(thing, trouble):
     """How well each phrase of each slot fits a question: lists of 0, 1/2 and 1 for things, verbs and means."""
-    row, first = trouble % 6, trouble - trouble % 6  # six troubles a domain
-    cure = [1.0 if i == trouble else 0.5 if i == first + (row + 1) % 6 else 0.0 for i in range(len(CURES))]
+    after = trouble + 1 if (trouble + 1) % 6 else trouble - 5  # six troubles a domain
+    cure = [1.0 if i == trouble else 0.5 if i == after else 0.0 for i in range(len(CURES))]
     return [float(i == thing) for i in range(len(THINGS))], cure, cure
 
 
 def quality(history, answer):
-    """True quality in [0, 1] of any answer text to a question: form^2 * sum over slots of weight * mean fit.
+    """True quality in [0, 1] of any answer text to a question: form^2 * weighted mean over slots of the mean fit.
 
     form: distinct legal pairs of neighbouring words over all pairs, so misspelt, unfinished, repeated and rambling
     text loses. Mean fit: over all phrases of the slot that the answer contains, so that listing many earns no more
@@ -89,7 +89,7 @@ def quality(history, answer):
     for weight, phrases, fit in zip(WEIGHTS, SLOTS, fits(*asked)):
         counts = [padded.count(f' {phrase} ') for phrase in phrases]
         total += weight * sum(c * f for c, f in zip(counts, fit)) / max(1, sum(counts))
-    return form ** 2 * total
+    return form ** 2 * total / sum(WEIGHTS)
 
 
 def ask(rng, split):
@@ -127,7 +127,7 @@ def discuss(rng, post_id, history, asked):
         merit += rng.gauss(0, NOISE)
         comments.append((merit + rng.gauss(0, TIME_NOISE), 2 + int(math.exp(5 * merit)), text))
     time, written = rng.randint(1_500_000_000, 1_650_000_000), []
-    for i, (_, score, text) in enumerate(sorted(comments)):  # good answers take longer: hence long chains of preferences
+    for i, (_, score, text) in enumerate(sorted(comments)):  # good answers take longer, hence long chains
         time += rng.randint(20, 5000)
         written.append((f'{post_id}c{i}', time, score, text))
     return written
@@ -146,6 +146,7 @@ def toy_rows(split, n, seed):
     while posts < n:
         post_id = f'{split}{posts}'
         history, *asked = ask(rng, split)
+        domain = CURES[asked[1]][0]
         upvote_ratio = rng.randint(70, 100) / 100
         pairs = [(late, early) for early, late in combinations(discuss(rng, post_id, history, asked), 2)
                  if late[2] > early[2]]
@@ -153,7 +154,7 @@ def toy_rows(split, n, seed):
         for better, worse in pairs:
             label = rng.randrange(2)
             a, b = (better, worse) if label else (worse, better)
-            yield {'post_id': post_id, 'domain': f'{CURES[asked[1]][0]}_{split}', 'upvote_ratio': upvote_ratio, 'history': history,
+            yield {'post_id': post_id, 'domain': f'{domain}_{split}', 'upvote_ratio': upvote_ratio, 'history': history,
                    'c_root_id_A': a[0], 'c_root_id_B': b[0], 'created_at_utc_A': a[1], 'created_at_utc_B': b[1],
                    'score_A': a[2], 'score_B': b[2], 'human_ref_A': a[3], 'human_ref_B': b[3], 'labels': label,
                    'seconds_difference': float(better[1] - worse[1]), 'score_ratio': better[2] / worse[2]}

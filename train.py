@@ -41,7 +41,7 @@ class RunConfig(prepare_shp.Config):
     overwrite: bool = False       # delete the earlier run in out_dir
     seed: int = 0                 # of weights, batches and dropout
     device: str = 'auto'          # cpu, cuda or mps; auto = the best there is
-    dtype: str = 'auto'           # of matrix products: float32, bfloat16 or float16; auto = bfloat16 where the GPU has it
+    dtype: str = 'auto'           # of matrix products: float32, bfloat16, float16; auto = bfloat16 where the GPU has it
     compile: bool | None = None   # torch.compile the model; None = on CUDA only
     eval_interval: int = 200      # steps between checkpoints, each followed by an evaluation
     eval_split: str = 'val'       # val, or test for a final result
@@ -154,7 +154,8 @@ def setup(cfg):
     torch.set_float32_matmul_precision('high')
     compile = cfg.compile if cfg.compile is not None else kind == 'cuda'
     machine = Machine(rank, world_size, device, dtype, compile)
-    machine.print(f'device {device}{f" x {world_size} ranks" if world_size > 1 else ""}, dtype {str(dtype)[6:]} ({why}), '
+    ranks = f' x {world_size} ranks' if world_size > 1 else ''
+    machine.print(f'device {device}{ranks}, dtype {str(dtype)[6:]} ({why}), '
                   f'compile {"on" if compile else "off"}, torch {torch.__version__}')
     return machine
 
@@ -388,8 +389,8 @@ def main(cfg):
     peak = matmul_peak(machine)
     machine.print(f'parameters {sum(p.numel() for p in model.parameters()):,}, vocabulary {model_config.vocab_size:,}, '
                   f'T_{cfg.taylor_order} loss\n'
-                  f'{cfg.max_iters:,} steps of {cfg.batch_size} x {cfg.block_size} tokens: {machine.world_size} rank(s) x '
-                  f'{math.ceil(len(share) / micro)} micro-batch(es) of {micro}\n'
+                  f'{cfg.max_iters:,} steps of {cfg.batch_size} x {cfg.block_size} tokens: '
+                  f'{machine.world_size} rank(s) x {math.ceil(len(share) / micro)} micro-batch(es) of {micro}\n'
                   f'{len(documents.tokens):,} training tokens; MFU is measured against {peak / 1e9:,.0f} GFLOP/s')
 
     def save(name=None, **more):

@@ -1,4 +1,4 @@
-"""The transformer against itself: cached equals uncached, padding is never sampled, checkpoints are whole or not there."""
+"""The transformer against itself, cached against uncached; checkpoints are whole or not there."""
 import os
 import pickle
 import subprocess
@@ -30,7 +30,8 @@ def test_forward_by_hand():
     x = t.wte.weight[idx] + t.wpe.weight[:7]
 
     def norm(x, ln):
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt() * ln.weight + ln.bias
+        std = (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        return (x - x.mean(-1, keepdim=True)) / std * ln.weight + ln.bias
 
     q, k, v = (norm(x, block.ln_1) @ block.attn.c_attn.weight.T + block.attn.c_attn.bias).split(16, -1)
     heads = []

@@ -1,4 +1,4 @@
-"""train.py end to end on small data: exact resume, ranks, accumulation, signals, refusals, and evaluation by brute force."""
+"""train.py on small data: exact resume, ranks, accumulation, signals, refusals; evaluation by brute force."""
 import json
 import math
 import os
