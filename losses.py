@@ -181,7 +181,7 @@ class _Head:
         self.weight, self.vocab_size = weight.to(dtype), vocab_size
         self.exact = torch.promote_types(dtype, torch.float32)
         self.logits = weight.new_empty(chunk_rows, len(weight), dtype=dtype)
-        self.others = self.logits if dtype == self.exact else self.logits.to(self.exact)
+        self.others = self.logits if dtype == self.exact else torch.empty_like(self.logits, dtype=self.exact)
 
     def softmax_of_others(self, h, targets):
         """h (R, C), targets (R,) -> p_j / q over the tokens j that are not the target (R, V), log p (R,), q (R,).
@@ -229,7 +229,7 @@ def _order(n):
 
 def _chunk_rows(hidden):
     # few rows keep a chunk of logits in cache; a wide model needs more, for each chunk adds to the (V, C) gradient once
-    return min(max(hidden.shape[1], 128), 1024)
+    return max(1, min(max(hidden.shape[1], 128), 1024, len(hidden)))
 
 
 def _product_dtype(hidden):

@@ -151,7 +151,6 @@ def setup(cfg):
         dtype, why = torch.bfloat16, 'this GPU has it'
     else:
         dtype, why = torch.float32, f'the exact choice on {kind}'
-    torch.set_float32_matmul_precision('high')
     compile = cfg.compile if cfg.compile is not None else kind == 'cuda'
     machine = Machine(rank, world_size, device, dtype, compile)
     ranks = f' x {world_size} ranks' if world_size > 1 else ''
