@@ -126,6 +126,11 @@ def run(main, Config):
         sys.exit(f'{prefix}: {error}')
 
 
+def at_least(cfg, low, *names):
+    """Sentences for those of the named options that are below `low`; for a Config's `check`."""
+    return [f'{name}={getattr(cfg, name)} is below {low}' for name in names if not getattr(cfg, name) >= low]
+
+
 # Values --------------------------------------------------------------------------------------------------------------
 
 

@@ -32,16 +32,17 @@ def taylor_loss(log_p, n):
 class _TaylorLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_p, n):
-        q = -torch.expm1(log_p)
+        exact = log_p.to(torch.promote_types(log_p.dtype, torch.float32))  # bfloat16 has too few digits on the way
+        q = -torch.expm1(exact)
         ctx.save_for_backward(q)
         ctx.n = n
-        return _taylor_value(log_p, q, n)
+        return _taylor_value(exact, q, n).to(log_p.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         q, = ctx.saved_tensors
-        return -grad * q ** ctx.n, None
+        return (-grad * q ** ctx.n).to(grad.dtype), None
 
 
 def _taylor_value(log_p, q, n):
@@ -206,13 +207,15 @@ class _Head:
 
     def add_gradients(self, grad_hidden, grad_weight, rows, h, others, slope):
         """Gradients of sum(slope * (z_others - z_target)) averaged over the others; the slope enters at (R, C) size."""
+        if not len(rows):
+            return
         slope = slope[:, None]
         grad_hidden[rows] = (others @ self.weight * slope).to(grad_hidden.dtype)
-        h = (h * slope).to(h.dtype)
-        if h.dtype == grad_weight.dtype:
-            grad_weight.addmm_(others.T, h)
+        if h.dtype == self.exact:
+            grad_weight.addmm_(others.T, h * slope)
         else:
-            grad_weight += others.T @ h
+            top = slope.abs().amax().clamp(min=torch.finfo(slope.dtype).tiny)  # float16 holds no slope of 1e-8
+            grad_weight += (others.T @ (h * (slope / top)).to(h.dtype)).to(self.exact) * top
 
 
 def _check_shapes(hidden, weight, targets):

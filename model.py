@@ -18,11 +18,11 @@ from configurator import Refusal
 
 @dataclass(frozen=True)
 class GPTConfig:
-    vocab_size: int
-    block_size: int = 256
-    n_layer: int = 1
-    n_head: int = 8
-    n_embd: int = 64
+    vocab_size: int   # of the tokenizer; the embedding is padded
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
     dropout: float = 0.0
     bias: bool = True
     tie_weights: bool = True
@@ -109,20 +109,17 @@ class GPT(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, positions=None, mask=None, cache=None):
+    def forward(self, idx, cache=None):
         """Token ids idx (B, T) -> hidden states (B, T, C) after the last LayerNorm.
 
-        positions (B, T) or (T,): default 0..T-1, or behind the cache's tokens. mask (.., T, S): True where a query may
-        look at a key; default causal. Raises ValueError if T exceeds block_size.
+        With a cache the tokens follow those that it holds. Raises ValueError if all of them exceed block_size.
         """
         T, longest = idx.shape[1], idx.shape[1] + (cache.longest if cache else 0)
         if longest > self.config.block_size:
             raise ValueError(f'{longest} tokens do not fit into block_size={self.config.block_size}; shorten the text')
-        if positions is None:
-            positions = torch.arange(T, device=idx.device)
-            if cache is not None:
-                positions = positions + cache.length[:, None]
+        positions, mask = torch.arange(T, device=idx.device), None  # no mask: causal
         if cache is not None:
+            positions = positions + cache.length[:, None]
             cache.longest = longest
             mask = (torch.arange(longest, device=idx.device) <= positions[..., None])[:, None]
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
@@ -133,8 +130,9 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, hidden):
-        """hidden (..., C) -> float32 logits (..., V) over the padded vocabulary; the padding is -inf."""
-        logits = self.lm_head(hidden).float()
+        """hidden (..., C) -> logits (..., V), at least float32, over the padded vocabulary; the padding is -inf."""
+        logits = self.lm_head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits[..., self.config.vocab_size:] = -torch.inf
         return logits
 
@@ -145,7 +143,7 @@ class GPT(nn.Module):
 
         A row ends with the id `eot` (which it then holds), after max_new_tokens, or where the block is full. Row b
         draws its t-th token with the uniform number u[b, t] of torch.rand((B, max_new_tokens), generator=generator),
-        a CPU generator: a row's sample depends neither on when the others end nor on how the batch is cut.
+        a CPU generator: a row's sample does not depend on when the others end.
         temperature 0 takes the likeliest token; top_k 0 keeps all. transform: log-probabilities -> log-probabilities,
         applied before both (see losses.taylor_link). on_token(row, id) sees each token as it comes.
         Raises ValueError on an empty prompt or one that leaves no room in the block.
@@ -230,6 +228,8 @@ def save_checkpoint(out_dir, state, name=None, keep=2):
         if problem := _damage(temporary):
             raise Refusal(f'{temporary} was not written correctly ({problem}); is the disk sound?')
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch's word for a write that failed
+        raise Refusal(f'{path} could not be written, is the disk full? ({str(error).splitlines()[0]})') from None
     finally:
         for rest in out_dir.glob('*.tmp-*'):  # of this save, if it failed, and of one that was killed
             rest.unlink()
@@ -263,10 +263,10 @@ def load_checkpoint(where, name=None):
 
 
 def _damage(path):
-    """What is wrong with the zip archive that torch.save made, or None: torch.load itself checks no CRC."""
+    """What is wrong with the zip archive that torch.save made, or '': torch.load itself checks no CRC."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-            return f'wrong checksum of {bad}' if bad else None
-    except (OSError, zipfile.BadZipFile) as error:
-        return str(error)
+            return f'wrong checksum of {bad}' if bad else ''
+    except Exception as error:  # zipfile has half a dozen kinds for what a flipped bit can do
+        return f'{type(error).__name__}: {error}'

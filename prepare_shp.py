@@ -20,6 +20,7 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from configurator import Refusal, run
+from configurator import Refusal, at_least, run
 from toy_shp import toy_rows
 
 DATA_DIR = 'data'
@@ -68,9 +69,7 @@ class Config:
             yield f"encoding='{self.encoding}' is not one of gpt2, bytes"
         if self.split not in ('post', 'row'):
             yield f"split='{self.split}' is not one of post, row"
-        for name in ('max_rows', 'min_score_ratio', 'max_answer_length', 'max_bad_fraction', 'workers'):
-            if not getattr(self, name) >= 0:
-                yield f'{name}={getattr(self, name)} is below 0'
+        yield from at_least(self, 0, 'max_rows', 'min_score_ratio', 'max_answer_length', 'max_bad_fraction', 'workers')
 
 
 def _folder(cfg):
@@ -296,12 +295,12 @@ def _ranked_rows(prompt, responses, scores, where):
     if scores is not None and (not isinstance(scores, list) or len(scores) != len(responses)):
         raise ValueError('scores is not a list as long as responses')
     comments = [Comment(_number('a score', score), -k, str(k), _text('a response', text)) for k, (score, text)
-                in enumerate(zip(scores or range(len(responses), 0, -1), responses))]
+                in enumerate(zip(scores or range(0, -len(responses), -1), responses))]  # to 0 and less no ratio applies
     if not all(a.beats(b) for a, b in zip(comments, comments[1:])):
         raise ValueError('scores do not fall from the first response to the last')
     return [dict(post_id=where, domain='', history=_text('prompt', prompt), labels=1, score_A=a.score, score_B=b.score,
                  created_at_utc_A=a.time, created_at_utc_B=b.time, c_root_id_A=a.id, c_root_id_B=b.id,
-                 human_ref_A=a.text, human_ref_B=b.text) for a, b in zip(comments, comments[1:])]
+                 human_ref_A=a.text, human_ref_B=b.text) for a, b in combinations(comments, 2)]
 
 
 def _text(key, text):
@@ -359,7 +358,8 @@ def _records(cfg):
     if not train or unknown:
         of_domain = ' of domain ' * bool(unknown) + ', '.join(sorted(unknown))
         raise Refusal(f"{cfg.source} has no usable train row{of_domain}: {_counts(counts['train'])}")
-    missing = [split for split in ('validation', 'test') if split not in records]
+    needed = ('test',) if cfg.split == 'row' else ('validation', 'test')
+    missing = [split for split in needed if split not in records]
     if missing:
         prompts = list(dict.fromkeys(record[0]['history'] for record in train))
         order = np.random.default_rng(SPLIT_SEED).permutation(len(prompts))
@@ -554,7 +554,11 @@ def open_dataset(cfg):
         if cfg.source != 'toy':
             raise Refusal(f'{folder} is missing; make it with: {again}')
         print(f'making the toy data in {folder}')
-        prepare(replace(cfg, overwrite=False))
+        try:
+            prepare(replace(cfg, overwrite=False))
+        except Refusal:
+            if not folder.exists():  # else a run beside this one made it meanwhile
+                raise
     try:
         meta = json.loads((folder / 'meta.json').read_bytes())
         made = meta['options'] | dict(version=meta['version'], source=meta['source'])

@@ -1,6 +1,6 @@
 """A checkpoint talks: it answers a post.
 
-    python sample.py --out_dir=out/toy_t2 --prompt="How do I keep my bread fresh?"
+    python sample.py --out_dir=out/toy_t2 --prompt="Rusty kettle since May, any tips?"
 """
 import codecs
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 import prepare_shp
-from configurator import Refusal, run
+from configurator import Refusal, at_least, run
 from losses import taylor_link
 from model import GPT, GPTConfig, load_checkpoint
-from train import setup
+from train import DEVICES, DTYPES, setup
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,19 @@ class Config:
     link: bool = False            # sample from link_n(p), what a model trained with T_n means by p
     seed: int = 0                 # of the samples
     device: str = 'auto'          # cpu, cuda or mps; auto = the best there is
-    dtype: str = 'auto'           # of matrix products: float32, bfloat16 or float16
-    compile: bool = False         # torch.compile, not worth its time for a few samples
+    dtype: str = 'auto'           # of matrix products: float32, bfloat16 or float16; auto = the best there is
 
     def check(self):
         if self.checkpoint not in ('best', 'last'):
             yield f"checkpoint='{self.checkpoint}' is not one of best, last"
         if bool(self.prompt) == bool(self.prompt_file):
             yield 'give a post with --prompt="..." or a file of posts with --prompt_file=FILE, one of the two'
-        for name, low in dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0).items():
-            if getattr(self, name) < low:
-                yield f'{name}={getattr(self, name)} is below {low}'
+        if self.device not in DEVICES:
+            yield f"device='{self.device}' is not one of {', '.join(DEVICES)}"
+        if self.dtype not in DTYPES:
+            yield f"dtype='{self.dtype}' is not one of {', '.join(DTYPES)}"
+        yield from at_least(self, 1, 'num_samples', 'max_new_tokens')
+        yield from at_least(self, 0, 'temperature', 'top_k', 'seed')
 
 
 def read_prompts(cfg):
@@ -60,7 +62,7 @@ def visible(text):
 
 def main(cfg):
     prompts = read_prompts(cfg)
-    machine = setup(cfg)
+    machine = setup(cfg.device, cfg.dtype)
     name = 'best.pt' if cfg.checkpoint == 'best' else None
     state = load_checkpoint(cfg.out_dir, name)
     model = GPT(GPTConfig(**state['model_config'])).to(machine.device)
@@ -70,13 +72,14 @@ def main(cfg):
     encoding = prepare_shp.encoding(state['encoding'])
     transform = (lambda log_p: taylor_link(log_p, order)) if cfg.link else None
     generator = torch.Generator().manual_seed(cfg.seed)
-    room = max(model.config.block_size - cfg.max_new_tokens, model.config.block_size // 2)
+    block_size = model.config.block_size
+    room = block_size - min(cfg.max_new_tokens, block_size // 4)  # for the post; an answer may want a quarter
     for prompt in prompts:
         rendered = prepare_shp.render(prompt, '')[0]
         ids = encoding.encode_ordinary(rendered)
         if len(ids) > room:
-            print(f'the post has {len(ids)} tokens; its first {len(ids) - room} are left out, to make room in the '
-                  f'block of {model.config.block_size}')
+            print(f'the post has {len(ids)} tokens; its first {len(ids) - room} are left out, to leave room for an '
+                  f'answer in the block of {block_size}')
             ids = ids[-room:]
         for _ in range(cfg.num_samples):
             print('-' * 40 + '\n' + visible(rendered), end='', flush=True)
@@ -89,7 +92,7 @@ def main(cfg):
             with machine.autocast():
                 answer, = model.generate([ids], cfg.max_new_tokens, cfg.temperature, cfg.top_k, encoding.eot_token,
                                          generator, transform, stream)
-            print('' if answer[-1] == encoding.eot_token else ' [cut]')
+            print(visible(decoder.decode(b'', True)) + ('' if answer[-1] == encoding.eot_token else ' [cut]'))
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -23,14 +24,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 import plot
 import prepare_shp
-from configurator import Refusal, run
+from configurator import Refusal, at_least, run
 from losses import linear_taylor_loss, taylor_link
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
-MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients after which a run ends, its last good checkpoint kept
+DEVICES = 'auto', 'cpu', 'cuda', 'mps'
+DTYPES = 'auto', 'float32', 'bfloat16', 'float16'
+MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients that end a run
 LOGIT_ROWS = 256           # rows of logits that an evaluation holds at once
-RUN_FILES = 'ckpt_*', 'best.*', 'config.json', 'metrics.jsonl', '*.png', 'samples.jsonl'  # what overwrite deletes
 ECE_BINS = 15              # of equal width, over the confidence of the likeliest token
+# what overwrite deletes, and the options that may differ between a run and its exact resume
+RUN_FILES = 'ckpt_*', 'best.*', 'config.json', 'metrics.jsonl', '*.png', 'samples.jsonl'
+INCIDENTAL = 'resume', 'overwrite', 'out_dir', 'stop_step', 'log_interval', 'device', 'dtype', 'compile', 'workers'
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,10 @@ class RunConfig(prepare_shp.Config):
 
     def check(self):
         yield from super().check()
-        if self.device not in ('auto', 'cpu', 'cuda', 'mps'):
-            yield f"device='{self.device}' is not one of auto, cpu, cuda, mps"
-        if self.dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
-            yield f"dtype='{self.dtype}' is not one of auto, float32, bfloat16, float16"
+        if self.device not in DEVICES:
+            yield f"device='{self.device}' is not one of {', '.join(DEVICES)}"
+        if self.dtype not in DTYPES:
+            yield f"dtype='{self.dtype}' is not one of {', '.join(DTYPES)}"
         if self.eval_split not in ('train', 'val', 'test'):
             yield f"eval_split='{self.eval_split}' is not one of train, val, test"
         if self.resume and self.overwrite:
@@ -83,7 +88,7 @@ class Config(RunConfig):
     bias: bool = True             # in linear layers and LayerNorms
     tie_weights: bool = True      # the head is the token embedding
     taylor_order: int = 0         # n of T_n; 0 = cross-entropy
-    skip_below: float = 0.0       # tokens with a weight q^n below this share of the largest get no gradient; 0 = exact
+    skip_below: float = 0.0       # tokens with q^n below this share of their chunk's largest get no gradient; 0 = exact
 
     def check(self):
         yield from super().check()
@@ -99,10 +104,6 @@ class Config(RunConfig):
             yield f'n_embd={self.n_embd} does not divide by n_head={self.n_head}; pick a multiple of {self.n_head}'
 
 
-def at_least(cfg, low, *names):
-    return [f'{name}={getattr(cfg, name)} is below {low}' for name in names if getattr(cfg, name) < low]
-
-
 # Machine -------------------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +111,7 @@ class Machine(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of matrix products
     compile: bool
 
     def autocast(self):
@@ -126,15 +127,26 @@ class Machine(NamedTuple):
         dist.all_reduce(values)
         return values.tolist()
 
+    def on_rank_0(self, act):
+        """act() on rank 0 while the others wait for it; where it refuses, they end too, and quietly."""
+        refusal = None
+        if self.rank == 0:
+            try:
+                act()
+            except (Refusal, OSError) as error:
+                refusal = error
+        if self.sum([refusal is not None])[0]:
+            raise refusal or SystemExit(1)
+
     def print(self, *args):
         if self.rank == 0:
             print(*args, flush=True)
 
 
-def setup(cfg):
+def setup(device='auto', dtype='auto', compile=False):
     """Device, dtype and, under torchrun, the process group, with one printed line that says what was chosen and why."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    kind = cfg.device if cfg.device != 'auto' else 'cuda' if cuda else 'mps' if mps else 'cpu'
+    kind = device if device != 'auto' else 'cuda' if cuda else 'mps' if mps else 'cpu'
     if kind == 'cuda' and not cuda or kind == 'mps' and not mps:
         raise Refusal(f'device={kind} was asked for, but torch {torch.__version__} sees none; use --device=cpu')
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -145,13 +157,13 @@ def setup(cfg):
         # short, so that a dead rank ends the run instead of holding it for the default 30 minutes
         dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(seconds=180))
         atexit.register(dist.destroy_process_group)
-    if cfg.dtype != 'auto':
-        dtype, why = getattr(torch, cfg.dtype), 'as asked'
-    elif kind == 'cuda' and torch.cuda.is_bf16_supported():
+    if dtype != 'auto':
+        dtype, why = getattr(torch, dtype), 'as asked'
+    elif kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
         dtype, why = torch.bfloat16, 'this GPU has it'
     else:
         dtype, why = torch.float32, f'the exact choice on {kind}'
-    compile = cfg.compile if cfg.compile is not None else kind == 'cuda'
+    compile = kind == 'cuda' if compile is None else compile
     machine = Machine(rank, world_size, device, dtype, compile)
     ranks = f' x {world_size} ranks' if world_size > 1 else ''
     machine.print(f'device {device}{ranks}, dtype {str(dtype)[6:]} ({why}), '
@@ -182,12 +194,12 @@ def peak_memory(machine):
     """Bytes: of the GPU where there is one, else of the process."""
     if machine.device.type == 'cuda':
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def seed_everything(seed, step, rank):
     # a pure function of the three, so that a checkpoint needs no generator state and any number of ranks can resume
-    torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 4099 + rank) % 2 ** 63)
 
 
 class StopSignal:
@@ -223,27 +235,41 @@ def open_run(cfg, machine):
         raise Refusal(f'{out} is not empty; add --resume=True to go on with the run in it, --overwrite=True to delete '
                       f'that run, or choose another --out_dir')
     machine.sum([0])  # every rank has looked before one of them writes
-    if machine.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        for pattern in RUN_FILES if cfg.overwrite else ():
-            for path in out.glob(pattern):
-                path.unlink()
+    if machine.rank == 0 and cfg.overwrite:
+        for path in (path for pattern in RUN_FILES for path in out.glob(pattern)):
+            path.unlink()
     return None
 
 
-def check_resume(state, machine, **now):
-    """Refuses a checkpoint that belongs to another model or to other data, and tells of options that have changed."""
-    for what in ('model_config', 'fingerprint'):
-        was, is_ = state[what], now[what]
-        if was != is_:
-            differ = ', '.join(f'{k}: {was[k]} there, {is_[k]} here' for k in was if was[k] != is_[k]) \
-                if isinstance(was, dict) else f'fingerprint {was[:12]} there, {is_[:12]} here'
-            raise Refusal(f'cannot resume, the checkpoint was made with another '
-                          f'{"model" if what == "model_config" else "dataset"}: {differ}; choose another --out_dir')
-    free = {'resume', 'overwrite', 'stop_step', 'out_dir', 'device', 'log_interval'}
-    changed = [f'{k} {v!r} -> {now["config"][k]!r}' for k, v in state['config'].items()
-               if k in now['config'] and now['config'][k] != v and k not in free]
-    machine.print(f'resumed at step {state["step"]} ({"changed: " + ", ".join(changed) if changed else "exact"})')
+def check_resume(state, now):
+    """Refuses a checkpoint of another model, of other data or beyond this run's end. `now`: what this run would save.
+
+    Returns 'exact', or the options and the parts of the machine that have changed since.
+    """
+    def differ(part):
+        return [(k, was, now[part].get(k)) for k, was in state[part].items() if now[part].get(k) != was]
+
+    if model := ', '.join(f'{k}: {was} there, {is_now} here' for k, was, is_now in differ('model_config')):
+        raise Refusal(f'cannot resume, the checkpoint is of another model: {model}; choose another --out_dir')
+    if state['fingerprint'] != now['fingerprint']:
+        raise Refusal(f'cannot resume, the checkpoint is of another dataset: fingerprint {state["fingerprint"][:12]} '
+                      f'there, {now["fingerprint"][:12]} here; choose another --out_dir')
+    if state['step'] > now['config']['max_iters']:
+        raise Refusal(f'cannot resume, the checkpoint is at step {state["step"]}, beyond max_iters='
+                      f'{now["config"]["max_iters"]}; ask for more steps, or choose another --out_dir')
+    changed = [f'{k} {was} -> {is_now}' for k, was, is_now in differ('config') if k not in INCIDENTAL]
+    changed += [f'{k} {was} -> {is_now}' for k, was, is_now in differ('machine')]
+    return f'changed: {", ".join(changed)}' if changed else 'exact'
+
+
+def start_files(cfg, step):
+    """config.json, and away with the checkpoints beyond the one resumed: they are damaged, or of a future now undone."""
+    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / 'config.json', json.dumps(asdict(cfg), indent=1))
+    for path in out.glob('ckpt_*.pt'):
+        if path.name > f'ckpt_{step:08d}.pt':
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class Metrics:
@@ -253,14 +279,18 @@ class Metrics:
         self.path = Path(cfg.out_dir) / 'metrics.jsonl'
         self.rank = machine.rank
         if self.rank == 0:
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            kept = [line for line in lines if line.endswith('\n') and self.before(json.loads(line), step)]
-            write_whole(self.path, ''.join(kept))
+            write_whole(self.path, ''.join(self.lines_before(step)))
 
-    @staticmethod
-    def before(event, step):
-        # an evaluation follows its checkpoint, so the one of this very step is made again
-        return event['step'] < step or event['step'] == step and event['event'] == 'train'
+    def lines_before(self, step):
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:  # a writer was killed here
+                return
+            # an evaluation follows its checkpoint, so the one of this very step is made again
+            if event['step'] < step or event['step'] == step and event['event'] == 'train':
+                yield line.decode() + '\n'
 
     def write(self, event, **values):
         if self.rank == 0:
@@ -298,7 +328,7 @@ def evaluate(model, documents, cfg, machine, order, stop):
     """One complete pass over `documents`, shared among ranks -> the metrics of an 'eval' line; None if stopped.
 
     Per token: cross-entropy of p and of link_n(p) in nats, top-1 accuracy, expected calibration error of both (Guo et
-    al. 2017: sum over bins of |accuracy - confidence|, weighted by the bin's share); where a split leaks, cross-entropy
+    al. 2017: sum over bins of |accuracy - confidence|, weighted by the bin's share); under split='row' cross-entropy
     of documents identical to a training document and of the others apart.
     """
     model.eval()
@@ -337,22 +367,22 @@ def evaluate(model, documents, cfg, machine, order, stop):
     bins = torch.tensor(bins_, dtype=torch.float64).view_as(bins)
     ece = ((bins[:, 1] - bins[:, 2]).abs().sum(-1) / n).tolist()
     metrics = dict(val_ce=ce / n, val_ce_link=ce_link / n, val_accuracy=right / n, val_ece=ece[0], val_ece_link=ece[1])
-    if documents.leaked.any():
-        metrics |= dict(val_ce_leaked=ce_leaked / n_leaked, val_ce_clean=(ce - ce_leaked) / max(n - n_leaked, 1))
+    if cfg.split == 'row' and 0 < n_leaked < n:
+        metrics |= dict(val_ce_leaked=ce_leaked / n_leaked, val_ce_clean=(ce - ce_leaked) / (n - n_leaked))
     return metrics
 
 
 def main(cfg):
-    machine = setup(cfg)
+    machine = setup(cfg.device, cfg.dtype, cfg.compile)
     if cfg.batch_size < machine.world_size:
         raise Refusal(f'batch_size={cfg.batch_size} sequences do not go round {machine.world_size} ranks; '
                       f'use --batch_size={machine.world_size} or more')
-    if machine.rank == 0:
-        data = prepare_shp.open_dataset(cfg)  # makes the toy data where it is missing
-    machine.sum([0])                          # the other ranks wait for it
-    if machine.rank > 0:
-        data = prepare_shp.open_dataset(cfg)
+    machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where it is missing
+    data = prepare_shp.open_dataset(cfg)
     documents, held_out = data.documents('train'), data.documents(cfg.eval_split)
+    # what is too short is refused here, before an earlier run is overwritten
+    prepare_shp.lm_batch(documents, cfg.cut, cfg.block_size, cfg.seed, 0, 1)
+    prepare_shp.eval_length(held_out, cfg.cut, cfg.block_size)
     if cfg.epochs:
         passes = len(documents.offsets) - 1 if cfg.cut == 'examples' else len(documents.tokens) / cfg.block_size
         cfg = replace(cfg, max_iters=math.ceil(cfg.epochs * passes / cfg.batch_size))
@@ -364,20 +394,21 @@ def main(cfg):
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     described = dict(model_config=asdict(model_config), config=asdict(cfg), fingerprint=data.fingerprint,
-                     encoding=data.meta['encoding'])
+                     encoding=data.meta['encoding'],
+                     machine=dict(ranks=machine.world_size, device=machine.device.type, dtype=str(machine.dtype),
+                                  compile=machine.compile, torch=str(torch.__version__)))
 
     step, tokens, seconds, best, skipped, skipped_in_a_row = 0, 0, 0.0, math.inf, 0, 0
     state = open_run(cfg, machine)
     if state is not None:
-        check_resume(state, machine, **described)
+        machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
         scaler.load_state_dict(state['scaler'])
         step, tokens, seconds, best, skipped = (state[k] for k in ('step', 'tokens', 'seconds', 'best', 'skipped'))
         del state
+    machine.on_rank_0(lambda: start_files(cfg, step))
     metrics = Metrics(cfg, machine, step)
-    if machine.rank == 0:
-        write_whole(Path(cfg.out_dir) / 'config.json', json.dumps(asdict(cfg), indent=1))
 
     forward = torch.compile(model) if machine.compile else model
     if machine.world_size > 1:
@@ -392,23 +423,21 @@ def main(cfg):
                   f'{machine.world_size} rank(s) x {math.ceil(len(share) / micro)} micro-batch(es) of {micro}\n'
                   f'{len(documents.tokens):,} training tokens; MFU is measured against {peak / 1e9:,.0f} GFLOP/s')
 
-    def save(name=None, **more):
-        if machine.rank == 0:
-            save_checkpoint(cfg.out_dir, dict(described, step=step, tokens=tokens, model=model.state_dict(),
-                                              **more), name)
+    def weights():
+        return dict(described, step=step, tokens=tokens, model=model.state_dict())
 
-    def save_all():
-        save(seconds=time.perf_counter() - start, best=best, skipped=skipped, optimizer=optimizer.state_dict(),
-             scaler=scaler.state_dict())
+    def save_state():
+        state = dict(weights(), seconds=time.perf_counter() - start, best=best, skipped=skipped,
+                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state))  # nobody goes on before the file is whole
 
     start, saved_step = time.perf_counter() - seconds, step if step else None
-    signals = []
     mark = step, tokens, time.perf_counter()  # of the last line of the log, for the speed since then
     with StopSignal() as stop:
         while True:
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 if step and step != saved_step:
-                    save_all()
+                    save_state()
                     saved_step = step
                 result = evaluate(model, held_out, cfg, machine, cfg.taylor_order, stop)
                 if result is not None:
@@ -417,7 +446,7 @@ def main(cfg):
                                   (f' (log V = {math.log(model_config.vocab_size):.4f})' if step == 0 else ''))
                     if result['val_ce'] < best:
                         best = result['val_ce']
-                        save('best.pt', val_ce=best)
+                        machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, dict(weights(), val_ce=best), 'best.pt'))
                 mark = step, tokens, time.perf_counter()
             if step == cfg.max_iters or cfg.stop_step and step >= cfg.stop_step:
                 break
@@ -451,8 +480,9 @@ def main(cfg):
                 skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
                 machine.print(f'warning: the gradient norm of step {step + 1} is {grad_norm}; its update is skipped')
                 if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                    save_state()  # no such gradient has touched a parameter
                     raise Refusal(f'{skipped_in_a_row} gradients in a row were not finite, up to step {step + 1}; the '
-                                  f'latest checkpoint in {cfg.out_dir} is good; try a smaller learning_rate')
+                                  f'parameters before them are saved in {cfg.out_dir}; try a smaller learning_rate')
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             step, tokens = step + 1, tokens + int(count)
@@ -471,9 +501,10 @@ def main(cfg):
                               f'ETA {timedelta(seconds=round(eta))}')
                 mark = step, tokens, now
         if step != saved_step:
-            save_all()
+            save_state()
+        signals = machine.sum(stop.flags())  # one may have come since the loop last looked
 
-    if step < cfg.max_iters:
+    if step < cfg.max_iters or any(signals):
         machine.print(f'stopped after step {step}, saved {cfg.out_dir}; continue with --resume=True')
         if any(signals):
             sys.exit(128 + (signal.SIGINT if signals[0] else signal.SIGTERM))

@@ -50,9 +50,9 @@ def test_parameters_and_heads():
     assert tied.lm_head.weight is tied.transformer.wte.weight
     assert untied.lm_head.weight is not untied.transformer.wte.weight
     assert not [n for n, _ in small(bias=False).named_parameters() if n.endswith('bias')]
-    assert CONFIG.padded_vocab_size == 64 and GPTConfig(vocab_size=50257).padded_vocab_size == 50304
+    assert CONFIG.padded_vocab_size == 64 and GPTConfig(50257, 8, 1, 1, 8).padded_vocab_size == 50304
     with pytest.raises(ValueError, match='n_embd=100 does not divide by n_head=8; pick a multiple of 8'):
-        GPTConfig(vocab_size=61, n_embd=100, n_head=8)
+        GPTConfig(61, 8, 1, 8, 100)
     with pytest.raises(ValueError, match='33 tokens do not fit into block_size=32'):
         tied(torch.zeros(1, 33, dtype=torch.long))
 
@@ -163,12 +163,16 @@ def test_a_damaged_latest_checkpoint_is_passed_over(tmp_path, capsys):
     save_checkpoint(tmp_path, state(1))
     whole = save_checkpoint(tmp_path, state(2)).read_bytes()
     path = tmp_path / 'ckpt_00000002.pt'
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    for damaged in (b'', whole[:1], whole[:len(whole) // 2], whole[:-1], bytes(flipped), b'hello'):
+    for damaged in (b'', whole[:1], whole[:len(whole) // 2], whole[:-1], b'hello'):
         path.write_bytes(damaged)
         assert load_checkpoint(tmp_path)['step'] == 1
         assert 'damaged' in capsys.readouterr().out
+    for place in range(0, len(whole), 61):  # a flipped bit is found, or it changed nothing that is read
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        found = load_checkpoint(tmp_path)
+        assert found['step'] == 1 or torch.equal(found['model']['w'], state(2)['model']['w']), place
     path.unlink()
     path.mkdir()
     assert load_checkpoint(tmp_path)['step'] == 1
@@ -221,3 +225,17 @@ def test_a_save_that_fails_leaves_the_old_one_and_no_rest(tmp_path):
         save_checkpoint(tmp_path, dict(step=2, bad=lambda: 0))
     assert [p.name for p in tmp_path.iterdir()] == ['ckpt_00000001.pt']
     assert zipfile.ZipFile(tmp_path / 'ckpt_00000001.pt').testzip() is None
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_old_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, state(1))
+    program = ('import resource, signal, sys, torch; from configurator import Refusal; from model import save_checkpoint\n'
+               'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
+               'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
+               'try:\n'
+               '    save_checkpoint(sys.argv[1], dict(step=2, w=torch.zeros(100_000)))\n'
+               'except (Refusal, OSError) as refusal:\n'
+               '    print(refusal)\n')
+    done = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ['ckpt_00000001.pt'] and load_checkpoint(tmp_path)['step'] == 1

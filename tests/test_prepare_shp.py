@@ -211,6 +211,16 @@ def test_ranked_lines():
     assert 'cut from train by prompt' in meta['rule']
 
 
+def test_a_score_ratio_keeps_the_best_of_ranked_lines():
+    lines = [dict(prompt=f'q{i}', responses=['best', 'good', 'worst'], scores=[10, 9, 1]) for i in range(40)]
+    _, data = local(lines, min_score_ratio=2.0)
+    for split in ('train', 'val', 'test'):
+        for prompt, answers, scores in ranked_texts(data.groups(split)):
+            assert answers[-1] == 'worst' and scores[0] >= 2 * scores[-1]
+        assert all('best' in text or 'good' in text for text in map(str, texts(data.documents(split))))
+    assert any(answers[0] == 'best' for _, answers, _ in ranked_texts(data.groups('train')))
+
+
 def test_split_by_prompt_keeps_a_prompt_together():
     lines = [dict(prompt=f'q{i % 30}', responses=[f'a{i}', f'b{i}']) for i in range(120)]
     _, data = local(lines)
@@ -226,7 +236,7 @@ def test_trl_pairs():
     for line in lines:
         _, data = local([line] + [dict(prompt=f'{i}', chosen='yes', rejected='no') for i in range(50)])
         groups = sum((ranked_texts(data.groups(split)) for split in ('train', 'val', 'test')), [])
-        assert (render('Hi?', '')[0], ['yes', 'no'], [2, 1]) in groups and len(groups) == 51
+        assert (render('Hi?', '')[0], ['yes', 'no'], [0, -1]) in groups and len(groups) == 51
 
 
 def test_several_files():

@@ -5,13 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import prepare_shp
 import train
@@ -116,6 +114,7 @@ def test_resume_after_lines_and_checkpoints_beyond(tmp_path):
     (out / 'ckpt_00000010.pt').write_bytes(b'PK')
     train.main(replace(cfg, out_dir=str(out), resume=True))
     assert_same_run(tmp_path / 'whole', out)
+    assert [load_checkpoint(p)['step'] for p in sorted(out.glob('ckpt_*'))] == [8, 12]  # both good
 
 
 def test_accumulation_changes_nothing(tmp_path):
@@ -184,11 +183,16 @@ def test_refusals_are_sentences_and_cost_nothing(tmp_path):
         train.main(config(out))
     with pytest.raises(Refusal, match='cannot resume.*n_embd: 16 there, 32 here'):
         train.main(config(out, n_embd=32, resume=True))
-    with pytest.raises(Refusal, match='cannot resume.*another dataset'):
+    with pytest.raises(Refusal, match='cannot resume.*of another dataset'):
         train.main(config(out, dataset='leaky', split='row', resume=True))
     with pytest.raises(Refusal, match='data/nowhere is missing; make it with: python prepare_shp.py'):
         train.main(config(tmp_path / 'other', dataset='nowhere'))
     assert before == {p.name: p.read_bytes() for p in out.iterdir()} and not (tmp_path / 'other').exists()
+    with pytest.raises(Refusal, match='at step 4, beyond max_iters=3'):
+        train.main(config(out, max_iters=3, resume=True))
+    with pytest.raises(Refusal, match='do not fill a window of block_size=100000'):
+        train.main(config(out, block_size=100_000, overwrite=True))
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
     train.main(config(out, max_iters=2, overwrite=True))
     assert load_checkpoint(out)['step'] == 2 and not (out / 'ckpt_00000004.pt').exists()
 
@@ -204,6 +208,8 @@ def test_resume_tells_of_changed_options(tmp_path, capsys):
     assert 'resumed at step 2 (exact)' in capsys.readouterr().out
     train.main(config(tmp_path / 'run', stop_step=4, resume=True, learning_rate=1e-2))
     assert 'resumed at step 3 (changed: learning_rate 0.001 -> 0.01)' in capsys.readouterr().out
+    train.main(config(tmp_path / 'run', stop_step=5, resume=True, learning_rate=1e-2, dtype='bfloat16'))
+    assert 'resumed at step 4 (changed: dtype torch.float32 -> torch.bfloat16)' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
@@ -223,6 +229,29 @@ def test_a_non_finite_gradient_never_reaches_a_parameter(tmp_path, monkeypatch, 
     monkeypatch.setattr(train, 'linear_taylor_loss', lambda *args: sound(*args)._replace(loss=sound(*args).loss * bad))
     with pytest.raises(Refusal, match='10 gradients in a row were not finite'):
         train.main(config(tmp_path / 'all', max_iters=50))
+    assert all(w.isfinite().all() for w in load_checkpoint(tmp_path / 'all')['model'].values())
+
+
+def test_a_nan_in_evaluation_leaves_the_best_alone(tmp_path, monkeypatch):
+    sound = train.evaluate
+    monkeypatch.setattr(train, 'evaluate', lambda *args: dict(sound(*args), val_ce=math.nan))
+    train.main(config(tmp_path / 'run', max_iters=4))
+    assert not (tmp_path / 'run' / 'best.pt').exists()
+
+
+def test_a_signal_in_the_last_evaluation_counts(tmp_path, monkeypatch):
+    sound = train.evaluate
+
+    def interrupted(model, documents, cfg, machine, order, stop):
+        if load_checkpoint(cfg.out_dir)['step'] == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sound(model, documents, cfg, machine, order, stop)
+
+    train.main(config(tmp_path / 'run', stop_step=8))
+    monkeypatch.setattr(train, 'evaluate', interrupted)
+    with pytest.raises(SystemExit) as end:
+        train.main(config(tmp_path / 'run', resume=True))
+    assert end.value.code == 143 and metrics(tmp_path / 'run', 'eval')[-1]['step'] == 8
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
@@ -255,20 +284,20 @@ def test_lr_schedule():
 @pytest.mark.parametrize('cut', ['stream', 'examples'])
 @pytest.mark.parametrize('dataset, split', [('small', 'post'), ('leaky', 'row')])
 def test_evaluation_by_brute_force(cut, dataset, split):
-    """Every validation token by itself, all logits in float64."""
+    """Every validation text by itself, with all logits at once, in float64."""
     cfg = config('unused', cut=cut, dataset=dataset, split=split, batch_size=3)
     documents = prepare_shp.open_dataset(cfg).documents('val')
     torch.manual_seed(0)
     model = GPT(GPTConfig(257, 32, 1, 2, 16))
     model.lm_head.weight.data *= 40  # confident, and so with something to calibrate
-    machine = train.setup(cfg)
+    machine = train.setup('cpu')
     with train.StopSignal() as stop:
         got = train.evaluate(model, documents, cfg, machine, 2, stop)
         stop.number = signal.SIGTERM
         assert train.evaluate(model, documents, cfg, machine, 2, stop) is None
     assert model.training
 
-    model.eval()
+    model.eval().double()
     tokens, offsets = torch.from_numpy(documents.tokens.astype('int64')), documents.offsets.tolist()
     if cut == 'stream':
         texts = [(first, min(first + 33, len(tokens))) for first in range(0, len(tokens) - 1, 32)]
@@ -277,7 +306,7 @@ def test_evaluation_by_brute_force(cut, dataset, split):
     leaked = torch.zeros(len(tokens), dtype=torch.bool)
     for d, (a, b) in enumerate(zip(offsets, offsets[1:])):
         leaked[a:b] = bool(documents.leaked[d])
-    log_p = torch.cat([model.logits(model(tokens[None, a:b - 1]))[0] for a, b in texts]).double().log_softmax(-1)
+    log_p = torch.cat([model.logits(model(tokens[None, a:b - 1]))[0] for a, b in texts]).log_softmax(-1)
     targets = torch.cat([tokens[a + 1:b] for a, b in texts])
     leaked = torch.cat([leaked[a + 1:b] for a, b in texts])
     expected = {}

@@ -1,0 +1,79 @@
+"""sample.py as typed, on a tiny checkpoint that babbles bytes: nothing but text may reach the terminal."""
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+from configurator import Refusal
+from model import GPT, GPTConfig, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    folder, config = tmp_path_factory.mktemp('run'), GPTConfig(257, 48, 1, 2, 16)
+    torch.manual_seed(0)
+    state = dict(step=3, model=GPT(config).state_dict(), model_config=asdict(config), encoding='bytes',
+                 config=dict(taylor_order=2))
+    save_checkpoint(folder, state, 'best.pt')
+    return str(folder)
+
+
+def said(capsys, run, **options):
+    options = {**dict(prompt='Rusty kettle, help!'), **options}
+    sample.main(sample.Config(out_dir=run, device='cpu', max_new_tokens=20, **options))
+    return capsys.readouterr().out
+
+
+def test_what_a_model_says_is_printable(capsys, run):
+    out = said(capsys, run, num_samples=20)
+    assert out.count('Rusty kettle, help!\nA:\n') == 20
+    assert all(c.isprintable() or c == '\n' for c in out) and '\\x' in out
+
+
+def test_seeded_and_linked(capsys, run):
+    first, again, other, link = (said(capsys, run, **o) for o in ({}, {}, dict(seed=1), dict(link=True)))
+    assert first == again != other and 'link_2' in link and 'link_' not in first
+
+
+def test_an_answer_without_end_is_marked(capsys, run):
+    greedy = said(capsys, run, temperature=0.0)
+    assert greedy.rstrip('\n').endswith('[cut]')
+
+
+def test_a_long_post_leaves_room(capsys, run):
+    out = said(capsys, run, prompt='x' * 100 + ' Rusty kettle, help!')
+    assert 'the post has 124 tokens; its first 88 are left out' in out
+    assert 'left out' not in said(capsys, run, prompt="x" * 32)
+
+
+def test_prompt_files(capsys, run, tmp_path):
+    file = tmp_path / 'posts.txt'
+    file.write_text('One?\n\nTwo?\n')
+    out = said(capsys, run, prompt='', prompt_file=str(file))
+    assert 'One?\nA:\n' in out and 'Two?\nA:\n' in out
+    for content, sentence in ((b'\n \n', 'holds no post'), (b'\xff\xfe', 'cannot read')):
+        file.write_bytes(content)
+        with pytest.raises(Refusal, match=sentence):
+            said(capsys, run, prompt='', prompt_file=str(file))
+    with pytest.raises(Refusal, match='no checkpoint best.pt in'):
+        said(capsys, str(tmp_path))
+
+
+def test_as_typed(run):
+    def typed(*options):
+        return subprocess.run([sys.executable, str(ROOT / 'sample.py'), *options], capture_output=True, text=True,
+                              env={**os.environ, 'PYTHONUTF8': '1'})
+
+    done = typed(f'--out_dir={run}', '--prompt=Rusty kettle, help!', '--max_new_tokens=5')
+    assert done.returncode == 0 and re.search('best checkpoint, step 3', done.stdout)
+    assert typed(f'--out_dir={run}').returncode == 2
+    missing = typed('--out_dir=nowhere', '--prompt=x')
+    assert missing.returncode == 1 and missing.stderr.startswith('error: there is no checkpoint')
