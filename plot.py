@@ -10,8 +10,8 @@ from pathlib import Path
 
 from configurator import Refusal, run
 
-SMOOTHING = 0.99  # of the moving average, for curves of 1000 points or more
-FEW_POINTS = 20   # below which a curve is drawn point by point, not smoothed
+SMOOTHING = 0.99  # of the moving average, for curves of 2500 points or more
+FEW_POINTS = 50   # below which a curve is drawn point by point, not smoothed
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#444444'  # Okabe & Ito: for all eyes
 INCIDENTAL = 'out_dir', 'resume', 'overwrite', 'stop_step', 'log_interval'  # options that name no run
 TRAIN = [  # title, unit, {metric: (line, its meaning)}; over tokens
@@ -95,10 +95,10 @@ def labels(out_dirs):
 def draw(ax, curves):
     """Curves [(points, colour, line)]: raw, thin and faded under their moving average, or few points as they are.
 
-    The average spans at most a tenth of the longest curve: over 100 points, one of 0.99 would end far above them.
+    The average spans at most 1/25 of the longest curve: over 100 points, one of 0.99 would end far above them.
     """
     longest = max(len(points) for points, _, _ in curves)
-    beta = min(SMOOTHING, 1 - 10 / longest) if longest >= FEW_POINTS else 0
+    beta = min(SMOOTHING, 1 - 25 / longest) if longest >= FEW_POINTS else 0
     for points, colour, line in curves:
         x, y = zip(*points)
         if beta:
@@ -117,7 +117,7 @@ def plot(out_dirs, path=''):
         import matplotlib
         from matplotlib.figure import Figure  # not pyplot: it would look for a screen
         from matplotlib.lines import Line2D
-        from matplotlib.ticker import EngFormatter
+        from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
     except ImportError:
         raise Refusal('a plot needs matplotlib: pip install matplotlib') from None
     if len(out_dirs) > len(COLOURS):
@@ -156,6 +156,11 @@ def plot(out_dirs, path=''):
             draw(ax, curves)
             ax.set(title=title, xlabel=x if x == 'tokens' else 'steps', ylabel=unit)
             ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+            values = [y for points, _, _ in curves for _, y in points]
+            if unit == 'nats per token' and max(values) > 4 * min(values) > 0:  # from log V down: keep the end legible
+                ax.set_yscale('log')
+                ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), minor_locator=NullLocator(),
+                             major_formatter='{x:g}')
         for ax in axes[len(panels):]:
             ax.remove()
         figure.legend(handles=[Line2D([], [], **key) for key in keys], loc='outside lower center',

@@ -1,4 +1,5 @@
-# The teacher of the toy distillation: longer, on the best answers only (ten times the score of a worse one).
+# The teacher of the toy distillation: longer than toy_start, on answers with ten times the score of a worse one only.
+# 2 CPU cores, 2 min: val_ce 0.221 on its own data, true quality of its samples 0.76 (one seed)
 # python train.py config/toy_teacher.py
 out_dir = 'out/toy_teacher'
 source, dataset, min_score_ratio = 'toy', 'toy_best', 10.0

@@ -64,9 +64,9 @@ def test_moving_average_is_the_weighted_mean():
     assert moving_average([], 0.99) == []
 
 
-@pytest.mark.parametrize('points, beta', [(19, None), (20, 0.5), (100, 0.9), (1000, 0.99), (5000, 0.99)])
+@pytest.mark.parametrize('points, beta', [(49, None), (50, 0.5), (100, 0.75), (1000, 0.975), (5000, 0.99)])
 def test_smoothing_fits_the_length_of_a_curve(points, beta):
-    """Raw values and x are drawn untouched; the average spans a tenth of them, 0.99 at most; few have none."""
+    """Raw values and x are drawn untouched; the average spans 1/25 of them, 0.99 at most; few have none."""
     from matplotlib.figure import Figure
     ax, curve = Figure().subplots(), [(10 * i, math.exp(-i / 50)) for i in range(points)]
     draw(ax, [(curve, COLOURS[0], '-')])
