@@ -369,6 +369,9 @@ def _records(cfg):
             records[split] = [record for record in train if split_of.get(record[0]['history']) == split]
         train = [record for record in train if record[0]['history'] not in split_of]
         rule = f"{' and '.join(missing)} cut from train by prompt, {HELD_OUT:.0%} of the prompts each"
+        if not train:
+            raise Refusal(f'{cfg.source} has {len(prompts)} prompts, too few to hold some out; give it more, or a folder '
+                          'with train.jsonl, validation.jsonl and test.jsonl')
     if 0 < cfg.max_rows < len(train):
         counts['train']['beyond max_rows'] = len(train) - cfg.max_rows
         train = train[:cfg.max_rows]
@@ -392,6 +395,9 @@ def prepare(cfg):
     final = _folder(cfg)
     if final.exists() and not cfg.overwrite:
         raise Refusal(f'{final} exists; use it, choose another --dataset=NAME, or replace it with --overwrite=True')
+    absent = [name for name in cfg.source.split(',') if name not in ('hub', 'toy') and not Path(name).exists()]
+    if absent:
+        raise Refusal(f"source {', '.join(absent)} does not exist; name a folder or files of JSON lines")
     enc = encoding(_options(cfg)['encoding'])
     records, rows, rule = _records(cfg)
     folder, seen = final.with_name(f'.{final.name}.tmp-{os.getpid()}'), set()

@@ -263,7 +263,7 @@ def check_resume(state, now):
 
 
 def start_files(cfg, step):
-    """config.json, and away with the checkpoints beyond the one resumed: they are damaged, or of a future now undone."""
+    """config.json; and away with checkpoints beyond the one resumed, which are damaged or of a future now undone."""
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / 'config.json', json.dumps(asdict(cfg), indent=1))

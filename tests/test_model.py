@@ -229,7 +229,8 @@ def test_a_save_that_fails_leaves_the_old_one_and_no_rest(tmp_path):
 
 def test_a_full_disk_is_a_sentence_and_leaves_the_old_checkpoint(tmp_path):
     save_checkpoint(tmp_path, state(1))
-    program = ('import resource, signal, sys, torch; from configurator import Refusal; from model import save_checkpoint\n'
+    program = ('import resource, signal, sys, torch\n'
+               'from configurator import Refusal; from model import save_checkpoint\n'
                'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
                'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
                'try:\n'

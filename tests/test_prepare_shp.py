@@ -221,6 +221,11 @@ def test_a_score_ratio_keeps_the_best_of_ranked_lines():
     assert any(answers[0] == 'best' for _, answers, _ in ranked_texts(data.groups('train')))
 
 
+def test_too_few_prompts_to_split():
+    with pytest.raises(Refusal, match='rows.jsonl has 2 prompts, too few to hold some out'):
+        local([dict(prompt=f'q{i}', responses=['a', 'b']) for i in range(2)])
+
+
 def test_split_by_prompt_keeps_a_prompt_together():
     lines = [dict(prompt=f'q{i % 30}', responses=[f'a{i}', f'b{i}']) for i in range(120)]
     _, data = local(lines)
@@ -385,7 +390,7 @@ def test_bad_files(content, words):
 
 def test_missing_files():
     Path('empty').mkdir()
-    for source, words in (('nowhere.jsonl', 'nowhere.jsonl cannot be read'), ('empty', 'neither train.json')):
+    for source, words in (('nowhere.jsonl', 'nowhere.jsonl does not exist'), ('empty', 'neither train.json')):
         with pytest.raises(Refusal, match=words):
             prepare(Config(dataset='d', source=source, encoding='bytes'))
     with pytest.raises(Refusal, match='--dataset=NAME'):
