@@ -1,0 +1,28 @@
+"""Mean true quality of a toy run's samples (temperature 1) on 256 held-out questions, beside that of the data.
+
+    PYTHONPATH=. python results/toy_taylor/quality.py out/toy_start out/toy_teacher
+"""
+import sys
+from statistics import mean, stdev
+
+import torch
+
+from model import GPT, GPTConfig, load_checkpoint
+from prepare_shp import SPLIT_SEED, TOY_POSTS, encoding, render
+from toy_shp import quality, toy_rows
+
+answers = {}
+for row in toy_rows('validation', TOY_POSTS['validation'], SPLIT_SEED):
+    answers.setdefault(row['history'], set()).update((row['human_ref_A'], row['human_ref_B']))
+questions = sorted(answers)[:256]
+scores = [[quality(question, answer) for answer in answers[question]] for question in questions]
+print(f'the data: best answers {mean(map(max, scores)):.3f}, all answers {mean(sum(scores, [])):.3f}')
+bytes_ = encoding('bytes')
+prompts = [bytes_.encode_ordinary(render(question, '')[0]) for question in questions]
+for folder in sys.argv[1:]:
+    state = load_checkpoint(folder)
+    model = GPT(GPTConfig(**state['model_config']))
+    model.load_state_dict(state['model'])
+    samples = model.generate(prompts, 44, eot=bytes_.eot_token, generator=torch.Generator().manual_seed(0))
+    found = [quality(q, bytes_.decode([id for id in s if id != bytes_.eot_token])) for q, s in zip(questions, samples)]
+    print(f'{folder}: {mean(found):.3f} +- {stdev(found) / len(found) ** 0.5:.3f} (standard error)')
