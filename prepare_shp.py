@@ -554,6 +554,8 @@ def open_dataset(cfg):
     folder, wanted = _folder(cfg), _options(cfg)
     given = {field.name: getattr(cfg, field.name) for field in fields(Config) if field.name != 'overwrite'
              and getattr(cfg, field.name) != field.default}
+    if cfg.dataset not in ('', 'shp') and cfg.source == 'hub':
+        given['source'] = 'DIR_OR_FILES'  # a run need not know it
     again = ' '.join(['python prepare_shp.py', *(f"--{name}={','.join(value) if isinstance(value, tuple) else value}"
                                                  for name, value in given.items())])
     if not folder.exists():
