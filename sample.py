@@ -55,16 +55,13 @@ def read_prompts(cfg):
     return prompts
 
 
-def visible(text):
-    """A model's text with control characters escaped: a terminal must not obey a model."""
-    return ''.join(c if c.isprintable() or c == '\n' else repr(c)[1:-1] for c in text)
-
-
 def main(cfg):
     prompts = read_prompts(cfg)
     machine = setup(cfg.device, cfg.dtype)
     name = 'best.pt' if cfg.checkpoint == 'best' else None
     state = load_checkpoint(cfg.out_dir, name)
+    if 'model' not in state:
+        raise Refusal(f'{cfg.out_dir} is a reward run: it judges answers and writes none; name another run')
     model = GPT(GPTConfig(**state['model_config'])).to(machine.device)
     model.load_state_dict(state['model'])
     order = state['config'].get('taylor_order', 0)
@@ -82,17 +79,17 @@ def main(cfg):
                   f'answer in the block of {block_size}')
             ids = ids[-room:]
         for _ in range(cfg.num_samples):
-            print('-' * 40 + '\n' + visible(rendered), end='', flush=True)
+            print('-' * 40 + '\n' + prepare_shp.visible(rendered), end='', flush=True)
             decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may span tokens
 
             def stream(_, id):
                 if id != encoding.eot_token:
-                    print(visible(decoder.decode(encoding.decode_single_token_bytes(id))), end='', flush=True)
+                    print(prepare_shp.visible(decoder.decode(encoding.decode_single_token_bytes(id))), end='', flush=True)
 
             with machine.autocast():
                 answer, = model.generate([ids], cfg.max_new_tokens, cfg.temperature, cfg.top_k, encoding.eot_token,
-                                         generator, transform, stream)
-            print(visible(decoder.decode(b'', True)) + ('' if answer[-1] == encoding.eot_token else ' [cut]'))
+                                         torch.rand(1, cfg.max_new_tokens, generator=generator), transform, stream)
+            print(prepare_shp.visible(decoder.decode(b'', True)) + ('' if answer[-1] == encoding.eot_token else ' [cut]'))
 
 
 if __name__ == '__main__':

@@ -34,7 +34,8 @@ MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients that end a run
 LOGIT_ROWS = 256           # rows of logits that an evaluation holds at once
 ECE_BINS = 15              # of equal width, over the confidence of the likeliest token
 # what overwrite deletes, and the options that may differ between a run and its exact resume
-RUN_FILES = 'ckpt_*', 'best.*', 'config.json', 'metrics.jsonl', '*.png', 'samples.jsonl'
+RUN_FILES = ('ckpt_*', 'best.*', 'config.json', 'metrics.jsonl', '*.png', 'samples.jsonl', 'iterations/*',
+             'selves/*')
 INCIDENTAL = 'resume', 'overwrite', 'out_dir', 'stop_step', 'log_interval', 'device', 'dtype', 'compile', 'workers'
 
 
@@ -127,16 +128,25 @@ class Machine(NamedTuple):
         dist.all_reduce(values)
         return values.tolist()
 
+    def gather(self, thing):
+        """Any picklable thing -> the list of those of all ranks."""
+        if self.world_size == 1:
+            return [thing]
+        things = [None] * self.world_size
+        dist.all_gather_object(things, thing)
+        return things
+
     def on_rank_0(self, act):
-        """act() on rank 0 while the others wait for it; where it refuses, they end too, and quietly."""
-        refusal = None
+        """act() on rank 0, and its result there; the others wait, and where it refuses, they end too, and quietly."""
+        refusal = result = None
         if self.rank == 0:
             try:
-                act()
+                result = act()
             except (Refusal, OSError) as error:
                 refusal = error
         if self.sum([refusal is not None])[0]:
             raise refusal or SystemExit(1)
+        return result
 
     def print(self, *args):
         if self.rank == 0:
@@ -249,6 +259,9 @@ def check_resume(state, now):
     def differ(part):
         return [(k, was, now[part].get(k)) for k, was in state[part].items() if now[part].get(k) != was]
 
+    if state.get('method') != now.get('method'):
+        raise Refusal(f"cannot resume, the checkpoint is of another kind of run: method {state.get('method')} there, "
+                      f"{now.get('method')} here; choose another --out_dir")
     if model := ', '.join(f'{k}: {was} there, {is_now} here' for k, was, is_now in differ('model_config')):
         raise Refusal(f'cannot resume, the checkpoint is of another model: {model}; choose another --out_dir')
     if state['fingerprint'] != now['fingerprint']:
@@ -273,10 +286,10 @@ def start_files(cfg, step):
 
 
 class Metrics:
-    """out_dir/metrics.jsonl: a line an event, in the order of steps; a resume first cuts what it will write again."""
+    """out_dir/<name>: a JSON line an event, in the order of steps; a resume first cuts what it will write again."""
 
-    def __init__(self, cfg, machine, step):
-        self.path = Path(cfg.out_dir) / 'metrics.jsonl'
+    def __init__(self, cfg, machine, step, name='metrics.jsonl'):
+        self.path = Path(cfg.out_dir) / name
         self.rank = machine.rank
         if self.rank == 0:
             write_whole(self.path, ''.join(self.lines_before(step)))
@@ -315,12 +328,57 @@ def lr_at(step, cfg):
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
-def make_optimizer(model, cfg):
-    """Fused AdamW (Loshchilov & Hutter 2019) with torch's betas; matrices decay, biases and LayerNorms do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+class Updates:
+    """AdamW's steps (fused; Loshchilov & Hutter 2019), each gradient clipped, and none that is not finite taken.
+
+    Matrices decay, biases and LayerNorms do not. Each module is clipped by itself. After DDP a gradient is the same on
+    all ranks, and so are the decisions here.
+    """
+
+    def __init__(self, modules, cfg, machine):
+        self.modules, self.cfg, self.machine = modules, cfg, machine
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        groups = [dict(params=[p for p in parameters if p.ndim >= 2], weight_decay=cfg.weight_decay),
+                  dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+        self.skipped = self.skipped_in_a_row = 0
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def step(self, step, save_state):
+        """The update after which `step` steps are done -> the first module's gradient norm, before clipping.
+
+        Where a norm is not finite nothing is updated; MAX_SKIPPED_IN_A_ROW such steps save the state and end the run.
+        """
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr_at(step - 1, self.cfg)
+        self.scaler.unscale_(self.optimizer)
+        norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), self.cfg.grad_clip or math.inf)
+                 for module in self.modules]
+        norm, total = norms[0].item(), sum(norms).item()
+        if math.isfinite(total):
+            self.scaler.step(self.optimizer)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            self.machine.print(f'warning: the gradient norm of step {step} is {total}; its update is skipped')
+            if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                save_state()  # no such gradient has touched a parameter
+                raise Refusal(f'{self.skipped_in_a_row} gradients in a row were not finite, up to step {step}; the '
+                              f'parameters before them are saved in {self.cfg.out_dir}; try a smaller learning_rate')
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self):
+        return dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), skipped=self.skipped)
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.scaler.load_state_dict(state['scaler'])
+        self.skipped = state['skipped']
 
 
 @torch.no_grad()
@@ -391,21 +449,19 @@ def main(cfg):
     model_config = GPTConfig(data.meta['vocab_size'], cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout,
                              cfg.bias, cfg.tie_weights)
     model = GPT(model_config).to(machine.device)
-    optimizer = make_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    updates = Updates([model], cfg, machine)
     described = dict(model_config=asdict(model_config), config=asdict(cfg), fingerprint=data.fingerprint,
                      encoding=data.meta['encoding'],
                      machine=dict(ranks=machine.world_size, device=machine.device.type, dtype=str(machine.dtype),
                                   compile=machine.compile, torch=str(torch.__version__)))
 
-    step, tokens, seconds, best, skipped, skipped_in_a_row = 0, 0, 0.0, math.inf, 0, 0
+    step, tokens, seconds, best = 0, 0, 0.0, math.inf
     state = open_run(cfg, machine)
     if state is not None:
         machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
         model.load_state_dict(state['model'])
-        optimizer.load_state_dict(state['optimizer'])
-        scaler.load_state_dict(state['scaler'])
-        step, tokens, seconds, best, skipped = (state[k] for k in ('step', 'tokens', 'seconds', 'best', 'skipped'))
+        updates.load_state_dict(state)
+        step, tokens, seconds, best = (state[k] for k in ('step', 'tokens', 'seconds', 'best'))
         del state
     machine.on_rank_0(lambda: start_files(cfg, step))
     metrics = Metrics(cfg, machine, step)
@@ -427,8 +483,7 @@ def main(cfg):
         return dict(described, step=step, tokens=tokens, model=model.state_dict())
 
     def save_state():
-        state = dict(weights(), seconds=time.perf_counter() - start, best=best, skipped=skipped,
-                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        state = dict(weights(), seconds=time.perf_counter() - start, best=best, **updates.state_dict())
         machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state))  # nobody goes on before the file is whole
 
     start, saved_step = time.perf_counter() - seconds, step if step else None
@@ -455,8 +510,6 @@ def main(cfg):
             count, *signals = machine.sum([int((y >= 0).sum()), *stop.flags()])
             if any(signals):
                 break
-            for group in optimizer.param_groups:
-                group['lr'] = lr_at(step, cfg)
             seed_everything(cfg.seed, step + 1, machine.rank)
             sums = torch.zeros(3, device=machine.device)
             for first in range(0, len(share), micro):
@@ -469,22 +522,9 @@ def main(cfg):
                                                   targets.to(machine.device, non_blocking=True), cfg.taylor_order,
                                                   model_config.vocab_size, cfg.skip_below)
                     # DDP averages over ranks; what is wanted is the mean over all tokens of the step
-                    scaler.scale(part.loss * (machine.world_size / max(count, 1))).backward()
+                    updates.backward(part.loss * (machine.world_size / max(count, 1)))
                 sums += torch.stack([part.loss.detach(), part.ce, part.weight])
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
-            if math.isfinite(grad_norm):  # the gradient is the same on all ranks, and so is this decision
-                scaler.step(optimizer)
-                skipped_in_a_row = 0
-            else:
-                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-                machine.print(f'warning: the gradient norm of step {step + 1} is {grad_norm}; its update is skipped')
-                if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                    save_state()  # no such gradient has touched a parameter
-                    raise Refusal(f'{skipped_in_a_row} gradients in a row were not finite, up to step {step + 1}; the '
-                                  f'parameters before them are saved in {cfg.out_dir}; try a smaller learning_rate')
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            grad_norm = updates.step(step + 1, save_state)
             step, tokens = step + 1, tokens + int(count)
 
             if step % cfg.log_interval == 0 or step == cfg.max_iters:
@@ -495,7 +535,7 @@ def main(cfg):
                 mfu = speed * model.flops_per_token(cfg.block_size) / (peak * machine.world_size)
                 metrics.write('train', step=step, tokens=tokens, seconds=now - start, train_loss=loss, train_ce=ce,
                               grad_norm=grad_norm, taylor_weight=weight, lr=lr_at(step - 1, cfg),
-                              tokens_per_second=speed, skipped=skipped)
+                              tokens_per_second=speed, skipped=updates.skipped)
                 machine.print(f'step {step}/{cfg.max_iters} {step / cfg.max_iters:.0%} loss {loss:.4f} ce {ce:.4f} '
                               f'norm {grad_norm:.2f} {speed / 1000:.1f}k tok/s MFU {mfu:.0%} '
                               f'ETA {timedelta(seconds=round(eta))}')

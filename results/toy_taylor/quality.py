@@ -23,6 +23,7 @@ for folder in sys.argv[1:]:
     state = load_checkpoint(folder)
     model = GPT(GPTConfig(**state['model_config']))
     model.load_state_dict(state['model'])
-    samples = model.generate(prompts, 44, eot=bytes_.eot_token, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(len(prompts), 44, generator=torch.Generator().manual_seed(0))
+    samples = model.generate(prompts, 44, eot=bytes_.eot_token, uniform=uniform)
     found = [quality(q, bytes_.decode([id for id in s if id != bytes_.eot_token])) for q, s in zip(questions, samples)]
     print(f'{folder}: {mean(found):.3f} +- {stdev(found) / len(found) ** 0.5:.3f} (standard error)')
