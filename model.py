@@ -199,20 +199,26 @@ class GPT(nn.Module):
 
 
 class ScalarHead(nn.Module):
-    """A GPT read by a scalar: a reward, at an answer's last token, or a value, at every token. The head starts at 0."""
+    """A GPT read by a scalar at every token: a value, or what a reward is read from. It starts at 0.
 
-    def __init__(self, gpt):
+    read: whether a reward is the scalar at an answer's 'last' token, or the 'sum' over the answer's tokens; `offset` is
+    added once to either, and to a value.
+    """
+
+    def __init__(self, gpt, read='last'):
         super().__init__()
-        self.gpt, self.config = gpt, gpt.config
-        self.head = nn.Linear(gpt.config.n_embd, 1)
+        self.gpt, self.config, self.read = gpt, gpt.config, read
+        self.head = nn.Linear(gpt.config.n_embd, 1, bias=False)
+        self.offset = nn.Parameter(torch.zeros(1))
         nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
         if not gpt.config.tie_weights:  # nothing here is trained through it, and DDP waits for what has a gradient
             gpt.lm_head.weight.requires_grad_(False)
 
     def forward(self, idx, positions=None, mask=None):
-        """idx (B, T) -> (B, T); arguments as in GPT.forward."""
-        return self.head(self.gpt(idx, positions=positions, mask=mask))[..., 0]
+        """idx (B, T) -> scalars (B, T), at least float32, offset (1,), hidden states (B, T, C); arguments as in GPT's."""
+        hidden = self.gpt(idx, positions=positions, mask=mask)
+        scalar = self.head(hidden)[..., 0]
+        return scalar.to(torch.promote_types(scalar.dtype, torch.float32)), self.offset.clone(), hidden
 
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0):

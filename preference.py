@@ -61,11 +61,13 @@ class Config(RunConfig):
     max_answers: int = 0               # dpo, reward: answers per ranking, at random from a longer one; 0 = all
     rank_order: int = 0                # n of T_n on the stages of a ranking; 0 = plain Plackett-Luce
     token_order: int = 0               # m of -T_m in place of the tokens' log p, policy and reference alike; 0 = log p
+    sft_weight: float = 0.0            # of the best answer's cross-entropy beside the ranking loss
     max_new_tokens: int = 128          # of a sampled answer
     sample_batch: int = 64             # answers sampled at a time, per rank
     opponents: int = 1                 # spin: past selves that answer, the latest first
     margin_stop: float = 2.0           # end self-play at a data-over-self margin below this many standard errors; 0 = never
     teacher: str = ''                  # distill: folder of a run, JSON lines of completions, or a Hugging Face causal LM
+    reward_read: str = 'last'          # reward: the scalar at an answer's last token; sum: over its tokens
     reward_model: str = ''             # ppo, and for distill's report: folder of a reward run
     answers_per_prompt: int = 8        # ppo: samples that a reward is renormalised over
     moment_order: int = 2              # ppo: n of the renormalised reward, 2 or 3
@@ -87,11 +89,13 @@ class Config(RunConfig):
             yield f"method='{self.method}' is not one of {', '.join(METHODS)}"
         if self.renormalize_over not in ('prompt', 'batch'):
             yield f"renormalize_over='{self.renormalize_over}' is not one of prompt, batch"
+        if self.reward_read not in ('last', 'sum'):
+            yield f"reward_read='{self.reward_read}' is not one of last, sum"
         yield from at_least(self, 1, 'iterations', 'inner_epochs', 'groups_per_step', 'max_new_tokens', 'sample_batch',
                             'opponents')
         yield from at_least(self, 2, 'answers_per_prompt')
         yield from at_least(self, 0, 'max_iters', 'beta', 'groups_per_iteration', 'micro_groups', 'max_answers', 'rank_order',
-                            'token_order', 'margin_stop', 'missing_eot_penalty', 'gamma', 'gae_lambda', 'clip_range',
+                            'token_order', 'sft_weight', 'margin_stop', 'missing_eot_penalty', 'gamma', 'gae_lambda', 'clip_range',
                             'kl_stop', 'eval_groups', 'eval_samples')
         if self.max_answers == 1:
             yield 'max_answers=1 leaves nothing to rank; use 2 or more, or 0 for all'
@@ -179,15 +183,16 @@ def leave_together(run):
 
 
 def token_log_prob(run, model, forward, batch):
-    """log p of each token of each answer given its prompt, (G, K, A), 0 in the padding. `forward`: model, or its DDP.
-
-    The head sees only answer tokens, and no (tokens, vocabulary) tensor is held.
-    """
+    """log p of each token of each answer given its prompt, (G, K, A), 0 in the padding. `forward`: model, or its DDP."""
     packed = pack(batch)
     with run.machine.autocast():
-        hidden = forward(packed.idx, positions=packed.positions, mask=packed.mask)
-        log_p = linear_token_log_prob(hidden.flatten(0, 1), model.lm_head.weight, packed.targets.flatten(),
-                                      model.config.vocab_size)
+        return head_log_prob(model, packed, forward(packed.idx, positions=packed.positions, mask=packed.mask))
+
+
+def head_log_prob(model, packed, hidden):
+    """The head sees only answer tokens, and no (tokens, vocabulary) tensor is held."""
+    log_p = linear_token_log_prob(hidden.flatten(0, 1), model.lm_head.weight, packed.targets.flatten(),
+                                  model.config.vocab_size)
     return packed.tokens(log_p.view_as(packed.idx))
 
 
@@ -207,13 +212,16 @@ def log_prob_under(run, model, batch):
 
 def rewards(run, scorer, batch):
     """r of all answers under a ScalarHead: (G, K), 0 where there is no answer."""
-    return for_all_groups(run, batch, lambda micro: reward_at_end(run, scorer, micro))
+    return for_all_groups(run, batch, lambda micro: packed_rewards(run, scorer, scorer, micro)[0])
 
 
-def reward_at_end(run, forward, batch):
+def packed_rewards(run, scorer, forward, batch):
+    """-> r (G, K), and the hidden states it was read from, with their Packed."""
     packed = pack(batch)
     with run.machine.autocast():
-        return packed.ends(forward(packed.idx, positions=packed.positions, mask=packed.mask).float())
+        scalar, offset, hidden = forward(packed.idx, positions=packed.positions, mask=packed.mask)
+    reward = packed.ends(scalar) if scorer.read == 'last' else packed.tokens(scalar, after=1).sum(-1)
+    return (reward + offset).masked_fill(batch['answer_length'] == 0, 0.0), packed, hidden
 
 
 def sample(run, model, prompts, iteration, who):
@@ -282,7 +290,7 @@ def make_gpt(state, key='model'):
 
 
 def make_scorer(state):
-    scorer = ScalarHead(GPT(GPTConfig(**dict(state['model_config'], dropout=0.0))))
+    scorer = ScalarHead(GPT(GPTConfig(**dict(state['model_config'], dropout=0.0))), state['config']['reward_read'])
     scorer.load_state_dict(state['reward_model'])
     return scorer.eval()
 
@@ -346,7 +354,7 @@ def build_student(cfg, start, encoding):
 
 
 def build_reward(cfg, start, encoding):
-    scorer = ScalarHead(make_gpt(start))
+    scorer = ScalarHead(make_gpt(start), cfg.reward_read)
     return dict(reward_model=scorer), {}
 
 
@@ -563,19 +571,27 @@ def hugging_face_answers(run, picked, iteration):
 
 
 def implicit_score(run, batch):
-    """s = beta (log pi(y|x) - log pi_ref(y|x)), (G, K)."""
+    """s = beta (log pi(y|x) - log pi_ref(y|x)), (G, K), and the policy's log p of the tokens, (G, K, A)."""
     log_p = token_log_prob(run, run.trained['model'], run.forward('model'), batch)
-    return implicit_reward(answer_log_prob(log_p, run.cfg.token_order), batch['ref_log_p'], run.cfg.beta)
+    own = answer_log_prob(log_p, run.cfg.token_order)
+    return implicit_reward(own, batch['ref_log_p'], run.cfg.beta), log_p
 
 
 def reward_score(run, batch):
-    """s = r, the scalar at the answer's last token, (G, K)."""
-    return reward_at_end(run, run.forward('reward_model'), batch)
+    """s = r, (G, K), and log p of the tokens by the trunk's own language head, (G, K, A), None where nobody needs it."""
+    scorer = run.trained['reward_model']
+    reward, packed, hidden = packed_rewards(run, scorer, run.forward('reward_model'), batch)
+    with run.machine.autocast():
+        return reward, head_log_prob(scorer.gpt, packed, hidden) if run.cfg.sft_weight else None
 
 
 def ranking_loss(run, batch, share):
-    """sum_k T_n(p_k) over the stages of each ranking, averaged over the step's groups: dpo, spin, distill, reward."""
-    score, valid = METHODS[run.cfg.method].score(run, batch), batch['answer_length'] > 0
+    """sum_k T_n(p_k) over the stages of each ranking, averaged over the step's groups: dpo, spin, distill, reward.
+
+    sft_weight adds the best answers' cross-entropy a token (Pang et al. 2024; for rewards Yang et al. 2024).
+    """
+    score, log_p = METHODS[run.cfg.method].score(run, batch)
+    valid = batch['answer_length'] > 0
     loss = plackett_luce_loss(score, run.cfg.rank_order, valid).sum() / share['groups']
     worst = score.gather(1, valid.sum(1, keepdim=True) - 1)
     chance = plackett_luce_loss(torch.zeros_like(score), run.cfg.rank_order, valid).sum() / share['groups']  # log K!
@@ -584,6 +600,9 @@ def ranking_loss(run, batch, share):
     if own.any():  # self-play: how well data are told from what pi_t wrote
         margin = score[:, 0].double() - score[own].double()
         stats |= dict(self_margin=margin.sum() / share['groups'], self_square=margin.square().sum() / share['groups'])
+    if run.cfg.sft_weight:
+        stats['sft_loss'] = -log_p[:, 0].sum() / share['best_tokens']
+        loss = loss + run.cfg.sft_weight * stats['sft_loss']
     return loss, stats
 
 
@@ -591,7 +610,8 @@ def token_values(run, critic, batch):
     """V before each token of each answer, (G, K, A)."""
     packed = pack(batch)
     with run.machine.autocast():
-        return packed.tokens(critic(packed.idx, positions=packed.positions, mask=packed.mask).float())
+        scalar, offset, _ = critic(packed.idx, positions=packed.positions, mask=packed.mask)
+    return packed.tokens(scalar + offset)
 
 
 def ppo_loss(run, batch, share):
@@ -628,7 +648,7 @@ def report_reward(run, samples, posts):
     scorer = run.trained['reward_model']
     reward = rewards(run, scorer, samples)[:, 0]
     with torch.no_grad():
-        scorer.head.bias -= reward.mean().to(scorer.head.bias.device)  # a ranking loss never moves it
+        scorer.offset -= reward.mean().to(scorer.offset.device)  # a ranking loss never moves it
     metrics = dict(reward_std=reward.std().item())
     if is_toy(run):
         metrics['reward_quality_correlation'] = torch.corrcoef(torch.stack([reward, qualities(run, samples, posts)[:, 0]]))[
@@ -672,7 +692,7 @@ class Method(NamedTuple):
     build: Callable    # (cfg, start, encoding) -> (modules to train, modules kept frozen)
     collect: Callable  # (run, iteration) -> (batch, facts): tensors with G in front; numbers for the log
     loss: Callable     # (run, micro-batch, share) -> (loss, stats), sums over the micro-batch over what the step holds
-    score: Callable    # (run, micro-batch) -> (G, K)
+    score: Callable    # (run, micro-batch) -> scores (G, K), log p (G, K, A)
     report: Callable   # (run, samples, posts) -> metrics
     best: str
 
@@ -765,7 +785,7 @@ def evaluate(run, samples_log):
         run.known['held'] = dict(held, ref_log_p=log_prob_under(run, start, held))
     held = run.known['held']
     valid = held['answer_length'] > 0
-    score = for_all_groups(run, held, lambda micro: method.score(run, micro))
+    score = for_all_groups(run, held, lambda micro: method.score(run, micro)[0])
     speaker = policy or start
     log_p = for_all_groups(run, held, lambda micro: token_log_prob(run, speaker, speaker, micro)).sum(-1)
     metrics = dict(zip(('rank_accuracy', 'margin', 'rank_ece'), pair_statistics(score, valid)),
@@ -988,7 +1008,8 @@ def main(cfg):
 
             rows = step_rows(run, batch, update)
             share = dict(iteration=iteration, update=update, groups=len(rows),
-                         tokens=int(batch['answer_length'][rows].sum()))  # of the whole step: all ranks have the batch
+                         tokens=int(batch['answer_length'][rows].sum()),  # of the whole step: all ranks have the batch
+                         best_tokens=int(batch['answer_length'][rows, 0].sum()))
             mine = by_length(batch, rows)[machine.rank::machine.world_size]
             parts, totals = mine.split(cfg.micro_groups or len(mine)), {}
             for i, part in enumerate(parts):

@@ -722,9 +722,13 @@ class Packed(NamedTuple):
     end: torch.Tensor        # (G, K) int64: where in T the answer's last token stands
     inside: torch.Tensor     # (G, K, A) bool: False = padding
 
-    def tokens(self, x):
-        """x (G, T) -> what it holds for each token of each answer: (G, K, A), 0 in the padding."""
-        return x.gather(1, self.place.flatten(1)).view(self.place.shape).masked_fill(~self.inside, 0.0)
+    def tokens(self, x, after=0):
+        """x (G, T) -> what it holds where each answer token is the target: (G, K, A), 0 in the padding.
+
+        after=1: where the token itself stands, one place further on.
+        """
+        return x.gather(1, (self.place + after * self.inside).flatten(1)).view(self.place.shape).masked_fill(
+            ~self.inside, 0.0)
 
     def ends(self, x):
         """x (G, T) -> what it holds at each answer's last token: (G, K), 0 where there is no answer."""

@@ -214,9 +214,9 @@ def seed_everything(seed, step, rank):
 
 class StopSignal:
     """While it is open, Ctrl-C and SIGTERM only set a flag, and the loop saves and ends at its next step."""
+    number = 0
 
     def __enter__(self):
-        self.number = 0
         self.handlers = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -105,8 +105,8 @@ def slow_generate(model, prompt, max_new_tokens, uniform, eot, temperature=1.0, 
 def test_generation_of_a_ragged_batch_equals_one_row_at_a_time(options):
     model = small()
     prompts = [torch.randint(61, (n,)).tolist() for n in (1, 4, 11, 28, 7, 31)]
-    answers = model.generate(prompts, 25, eot=7, generator=torch.Generator().manual_seed(3), **options)
     uniform = torch.rand(len(prompts), 25, generator=torch.Generator().manual_seed(3))
+    answers = model.generate(prompts, 25, eot=7, uniform=uniform, **options)
     assert answers == [slow_generate(model, p, 25, u, 7, **options) for p, u in zip(prompts, uniform)]
     assert all(7 not in a[:-1] for a in answers)
     assert all(a[-1] == 7 or len(a) == 25 or len(p) + len(a) == 32 for p, a in zip(prompts, answers))
@@ -116,7 +116,7 @@ def test_generation_of_a_ragged_batch_equals_one_row_at_a_time(options):
 
 def test_generation_is_seeded_streamed_and_refuses_what_cannot_be():
     model, seen = small().train(), []
-    run = [model.generate([[1, 2], [3]], 8, generator=torch.Generator().manual_seed(s),
+    run = [model.generate([[1, 2], [3]], 8, uniform=torch.rand(2, 8, generator=torch.Generator().manual_seed(s)),
                           on_token=lambda b, id: seen.append((b, id))) for s in (0, 0, 1)]
     assert run[0] == run[1] != run[2] and model.training
     assert [[id for b, id in seen[:16] if b == row] for row in (0, 1)] == run[0]

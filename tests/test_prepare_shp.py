@@ -18,7 +18,8 @@ import torch
 
 import prepare_shp
 from configurator import Refusal
-from prepare_shp import (Config, Documents, Groups, encoding, eval_batch, eval_length, group_batch, lm_batch, main,
+from prepare_shp import (Config, Documents, Groups, encoding, eval_batch, eval_length, group_batch, lm_batch, main, pack,
+                        pick_groups,
                          open_dataset, prepare, rankings, render)
 from toy_shp import toy_rows
 
@@ -299,7 +300,7 @@ def test_cut_answers_have_no_end_of_text_and_equal_ones_are_lost():
     assert EOT not in documents.tokens
     _, data = local([dict(prompt=f'q{i}', responses=['same', ' same ']) for i in range(30)])
     with pytest.raises(Refusal, match='no group'):
-        group_batch(data.groups('train'), 0, 0, 2)
+        pick_groups(data.groups('train'), 0, 0, 2)
 
 
 @pytest.mark.parametrize('name', ['../../x', '/tmp/x', '.x', 'a/b', 'a b', 'a\n', '..'])
@@ -628,44 +629,62 @@ def some_groups():
             pieces.append(np.full(rng.integers(1, 12), 100 * g + k, np.uint16))
         first.append(len(answers))
     return Groups(np.concatenate(pieces), np.cumsum([0, *map(len, pieces)]), np.array(prompts), np.array(answers),
-                  np.array(first), np.array([10.0 - k for g in range(7) for k in range(g % 5 + 2)]))
+                  np.array(first), np.array([10.0 - k for g in range(7) for k in range(g % 5 + 2)]),
+                  np.array([f'post{g}' for g in range(7)]))
 
 
-@pytest.mark.parametrize('max_answers, block', [(0, 64), (3, 64), (2, 16), (4, 12), (0, 5), (3, 1)])
-def test_group_batches(max_answers, block):
+@pytest.mark.parametrize('max_answers', [0, 2, 3, 4])
+def test_groups_are_picked_in_epochs_and_subsets_keep_the_order(max_answers):
     groups, seen, subsets = some_groups(), [], set()
     for step in range(14):
-        whole = group_batch(groups, 1, step, 6, max_answers=max_answers, block_size=block)
-        assert whole.idx.shape[2] <= block and whole.idx.shape == whole.targets.shape
-        for rows in (slice(0, 6, 2), range(1, 3), [5, 0]):
-            part = group_batch(groups, 1, step, 6, rows, max_answers, block)
-            index = np.arange(6)[rows if isinstance(rows, slice) else list(rows)]
-            assert all(torch.equal(p, w[index]) for p, w in zip(part, whole))
-        for idx, targets, valid, scores, length, g in zip(*whole):
-            g, count = int(g), int(valid.sum())
+        picked = pick_groups(groups, 1, step, 6, max_answers)
+        assert picked == pick_groups(groups, 1, step, 6, max_answers)
+        for group in picked:
+            g, size = group.number, groups.first[group.number + 1] - groups.first[group.number]
+            assert group.id == f'post{g}' and group.prompt == groups.piece(groups.prompts[g]).tolist()
+            ranks = [answer[0] - 100 * g for answer in group.answers]
+            assert ranks == sorted(set(ranks)) and len(ranks) == min(size, max_answers or size)
+            assert group.answers == [groups.piece(groups.answers[groups.first[g] + k]).tolist() for k in ranks]
             seen.append(g)
-            size = groups.first[g + 1] - groups.first[g]
-            assert count == min(size, max_answers or size) and valid[:count].all()
-            assert not targets[count:].ne(-1).any() and not idx[count:].any() and not scores[count:].any()
-            prompt = groups.piece(groups.prompts[g])
-            ranks = []
-            for k in range(count):
-                is_answer = targets[k] >= 0
-                rank = int(targets[k][is_answer][0]) - 100 * g
-                ranks.append(rank)
-                answer = groups.piece(groups.answers[groups.first[g] + rank])
-                assert targets[k][is_answer].tolist() == answer[:block].tolist()
-                assert float(scores[k]) == groups.scores[groups.first[g] + rank]
-                assert idx[k, :length].tolist() == prompt[-int(length):].tolist() and length >= 1
-                places = is_answer.nonzero().flatten()
-                assert places[0] == length - 1 and places[-1] - places[0] + 1 == len(places)
-                assert torch.equal(idx[k][places[1:]], targets[k][places[:-1]])
-            assert ranks == sorted(ranks) and len(set(ranks)) == count
             subsets.add((g, tuple(ranks)))
-            longest = max(len(groups.piece(a)) for a in groups.answers[groups.first[g]:][ranks])
-            assert int(length) == max(1, min(len(prompt), block + 1 - longest))  # no more is cut than must be
     assert all(sorted(seen[i:i + 7]) == list(range(7)) for i in range(0, 84, 7))
     assert max_answers == 0 or len(subsets) > 7  # the subsets vary
+
+
+@pytest.mark.parametrize('block, limit', [(64, 0), (16, 0), (12, 5), (8, 4), (2, 0)])
+def test_group_batches_and_their_packed_rows(block, limit):
+    """Every prompt and answer is found again in the packed row, in place, seeing only what it should."""
+    picked = pick_groups(some_groups(), 1, 0, 7)
+    batch = group_batch(picked, block, limit)
+    packed = pack(batch)
+    for g, group in enumerate(picked):
+        answers = [answer[:limit or block - 1] for answer in group.answers]
+        prompt = group.prompt[-(block - max(map(len, answers))):]  # no more is cut than must be
+        P = int(batch['prompt_length'][g])
+        assert batch['prompt'][g, :P].tolist() == prompt and batch['group'][g] == group.number
+        assert batch['answer_length'][g].tolist() == [*map(len, answers)] + [0] * (7 - len(answers) - 1)
+        at = P - 1
+        assert packed.idx[g, :at].tolist() == prompt[:-1] and (packed.targets[g, :at] == -1).all()
+        assert packed.positions[g, :at].tolist() == list(range(at))
+        for k, answer in enumerate(answers):
+            A, end = len(answer), at + len(answer) + 1
+            assert batch['answer'][g, k, :A].tolist() == answer
+            assert packed.idx[g, at:end].tolist() == [prompt[-1], *answer]
+            assert packed.targets[g, at:end].tolist() == [*answer, -1]
+            assert packed.positions[g, at:end].tolist() == list(range(P - 1, P + A)) and P + A <= block
+            assert packed.place[g, k, :A].tolist() == list(range(at, end - 1)) and packed.end[g, k] == end - 1
+            assert packed.inside[g, k].sum() == A
+            for t in range(at, end):
+                sees = packed.mask[g, 0, t].nonzero()[:, 0].tolist()
+                assert sees == [*range(P - 1), *range(at, t + 1)]
+            at = end
+        assert (packed.targets[g, at:] == -1).all() and not packed.inside[g, len(answers):].any()
+        assert packed.mask[g, 0].diagonal().all()  # padding sees something, or softmax would be NaN
+    numbers = torch.arange(packed.idx.numel()).view_as(packed.idx).float()
+    assert torch.equal(packed.tokens(numbers).long()[packed.inside],
+                       (packed.place + packed.idx.shape[1] * torch.arange(7)[:, None, None])[packed.inside])
+    assert (packed.tokens(numbers.fill_(torch.nan)).isnan() == packed.inside).all()
+    assert (packed.ends(numbers).isnan() == packed.inside[..., 0]).all()
 
 
 # gpt2 ----------------------------------------------------------------------------------------------------------------
