@@ -21,7 +21,7 @@ TRAIN = [  # title, unit, {metric: (line, its meaning)}; over tokens
         'val_ce_clean': ('-.', 'p, on the other texts')})]
 PREFERENCE = [(title, unit, {metric: ('-', '')}) for metric, title, unit in [  # over steps
     ('rank_accuracy', 'Ranking accuracy', 'share of held-out pairs'), ('margin', 'Margin', 'nats'),
-    ('kl', 'KL to the start', 'nats per answer'), ('entropy', 'Entropy', 'nats per token'),
+    ('kl', 'Square root of the KL to the start', 'sqrt(nats per answer)'), ('entropy', 'Entropy', 'nats per token'),
     ('answer_length', 'Length of answers', 'tokens'), ('eot_rate', 'Answers that end', 'share of answers'),
     ('true_quality', 'True quality', 'mean over answers, 0 to 1'), ('reward', 'Reward', 'mean over answers'),
     ('loss', 'Training loss', 'nats')]]
@@ -135,6 +135,8 @@ def plot(out_dirs, path=''):
         for metric, (line, meaning) in metrics.items():
             for events, colour in zip(runs, COLOURS):
                 points = series(events, x, metric)
+                if metric == 'kl':  # grows like the distance travelled (Gao et al. 2023); an estimate may be below 0
+                    points = [(step, math.sqrt(max(kl, 0.0))) for step, kl in points]
                 if points and (points, colour) not in [curve[:2] for curve in curves]:  # T_0's link is p itself
                     curves.append((points, colour, line))
                     meanings[meaning] = line

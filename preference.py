@@ -43,6 +43,7 @@ DATA, TEACHER = -1, -2  # who wrote an answer; t >= 0 is pi_t
 EVAL_SEED = 0           # which held-out groups are judged is the same in all runs
 EVAL = 2 ** 31          # the iteration whose random numbers all evaluations share
 SHOWN = 4               # posts whose samples are printed before and after
+MARGIN_GROUPS = 512     # groups over which the lead of data over self is judged against its noise
 KEPT = 16               # samples of an evaluation that samples.jsonl keeps
 
 
@@ -1002,7 +1003,6 @@ def main(cfg):
                 before, since = run.sampled_tokens, time.perf_counter()
                 batch, facts = method.collect(run, iteration)
                 digest = machine.on_rank_0(lambda: write_iteration(run, iteration, batch, facts))
-                margin = [0, 0.0, 0.0]
                 machine.print(f'iteration {iteration}: {len(batch["group"]):,} prompts collected in '
                               f'{time.perf_counter() - since:.1f} s, {run.sampled_tokens - before:,} tokens sampled')
 
@@ -1035,11 +1035,11 @@ def main(cfg):
                 machine.print(f'step {run.step}: KL {stats["update_kl"]:.3f} from the sampling policy, above kl_stop; '
                               'on with the next iteration')
                 run.step = (iteration + 1) * per_iteration
-            if run.step % per_iteration == 0 and cfg.margin_stop and margin[0]:
-                count, mean = margin[0], margin[1] / margin[0]
-                error = math.sqrt(max(margin[2] / count - mean ** 2, 0.0) / count)
+            if run.step % per_iteration == 0 and margin[0] >= MARGIN_GROUPS:
+                mean, square = margin[1] / margin[0], margin[2] / margin[0]
+                error, margin = math.sqrt(max(square - mean ** 2, 0.0) / margin[0]), [0, 0.0, 0.0]
                 facts |= dict(self_margin_mean=mean, self_margin_error=error)
-                if mean <= cfg.margin_stop * error:
+                if mean <= cfg.margin_stop * error and cfg.margin_stop:
                     ended = True
                     machine.print(f'self-play ends after iteration {iteration}: data are ahead of self by {mean:.4f} '
                                   f'+- {error:.4f}, within the noise')

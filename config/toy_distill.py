@@ -1,8 +1,11 @@
+# Self-play distillation on the toy data: data > teacher > self.
+# python preference.py config/toy_distill.py      after: python train.py config/toy_start.py, the same with
+# config/toy_teacher.py, and python preference.py config/toy_reward.py, whose model only reports
 out_dir = 'out/toy_distill'
-method, init_from = 'distill', 'out/toy_start'
+method, init_from, teacher, reward_model = 'distill', 'out/toy_start', 'out/toy_teacher', 'out/toy_reward'
 source = 'toy'
-teacher, beta = 'out/toy_teacher', 0.1
-iterations, groups_per_iteration, inner_epochs, groups_per_step = 3, 1024, 1, 32
+beta = 2.0
+iterations, groups_per_iteration, groups_per_step = 60, 256, 64
 max_new_tokens = 38
-learning_rate, min_lr, warmup_iters, weight_decay = 3e-4, 3e-5, 10, 0.0
-eval_interval = 32
+learning_rate, min_lr, warmup_iters, weight_decay = 3e-4, 3e-5, 20, 0.0
+eval_interval = 40

@@ -1,8 +1,10 @@
+# Plackett-Luce DPO over up to 8 ranked answers, with the best answers' cross-entropy beside it, on the toy data.
+# python preference.py config/toy_dpo.py      after: python train.py config/toy_start.py
 out_dir = 'out/toy_dpo'
 method, init_from = 'dpo', 'out/toy_start'
 source = 'toy'
-beta = 0.1
-inner_epochs, groups_per_step = 1, 64
+beta, sft_weight = 1.0, 1.0
+inner_epochs, groups_per_step = 2, 64
 max_new_tokens = 38
-learning_rate, min_lr, warmup_iters, weight_decay = 1e-3, 1e-4, 20, 0.0
+learning_rate, min_lr, warmup_iters, weight_decay = 5e-4, 3e-5, 20, 0.0
 eval_interval = 100

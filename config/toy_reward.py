@@ -1,7 +1,10 @@
+# A reward model of the toy data: Plackett-Luce likelihood of its rankings, beside the language loss of the best answers.
+# python preference.py config/toy_reward.py      after: python train.py config/toy_start.py
 out_dir = 'out/toy_reward'
 method, init_from = 'reward', 'out/toy_start'
 source = 'toy'
+reward_read, sft_weight = 'sum', 0.3
 inner_epochs, groups_per_step = 2, 64
 max_new_tokens = 38
-learning_rate, min_lr, warmup_iters, weight_decay = 1e-3, 1e-4, 50, 0.0
+learning_rate, min_lr, warmup_iters, weight_decay = 2e-3, 1e-4, 50, 1.0
 eval_interval = 100

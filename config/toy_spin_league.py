@@ -1,8 +1,10 @@
+# SPIN against three past selves, the latest ranked first, on the toy data.
+# python preference.py config/toy_spin_league.py      after: python train.py config/toy_start.py
 out_dir = 'out/toy_spin_league'
-method, init_from = 'spin', 'out/toy_start'
+method, init_from, opponents = 'spin', 'out/toy_start', 3
 source = 'toy'
-opponents, beta = 3, 0.1
-iterations, groups_per_iteration, inner_epochs, groups_per_step = 3, 1024, 1, 32
+beta = 2.0
+iterations, groups_per_iteration, groups_per_step = 60, 256, 64
 max_new_tokens = 38
-learning_rate, min_lr, warmup_iters, weight_decay = 3e-4, 3e-5, 10, 0.0
-eval_interval = 32
+learning_rate, min_lr, warmup_iters, weight_decay = 3e-4, 3e-5, 20, 0.0
+eval_interval = 40

@@ -603,12 +603,13 @@ def test_a_collection_that_was_touched_is_refused(tmp_path):
     preference.main(replace(cfg, resume=True))
 
 
-def test_selfplay_ends_within_the_noise(tmp_path, capsys):
+def test_selfplay_ends_within_the_noise(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(preference, 'MARGIN_GROUPS', 8)  # two iterations' later halves
     preference.main(config(tmp_path / 'run', 'spin', learning_rate=0.0, min_lr=0.0, margin_stop=2.0))
-    assert 'self-play ends after iteration 0' in capsys.readouterr().out
-    assert load_checkpoint(tmp_path / 'run')['step'] == 4 and metrics(tmp_path / 'run', 'eval')[-1]['step'] == 4
+    assert 'self-play ends after iteration 1' in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / 'run')['step'] == 8 and metrics(tmp_path / 'run', 'eval')[-1]['step'] == 8
     preference.main(config(tmp_path / 'run', 'spin', learning_rate=0.0, min_lr=0.0, margin_stop=2.0, resume=True))
-    assert load_checkpoint(tmp_path / 'run')['step'] == 4  # and stays ended
+    assert load_checkpoint(tmp_path / 'run')['step'] == 8  # and stays ended
 
 
 @torch.no_grad()
