@@ -105,7 +105,8 @@ def linear_taylor_loss(hidden, weight, targets, n, vocab_size=None, skip_below=0
     Raises ValueError if the shapes do not fit.
     """
     _check_shapes(hidden, weight, targets)
-    args = _order(n), vocab_size or len(weight), skip_below, chunk_rows or _chunk_rows(hidden, weight), _product_dtype(hidden)
+    args = (_order(n), vocab_size or len(weight), skip_below, chunk_rows or _chunk_rows(hidden, weight),
+            _product_dtype(hidden))
     return TaylorSums(*_LinearTaylorLoss.apply(hidden, weight, targets, *args), int((targets >= 0).sum()))
 
 
@@ -231,8 +232,8 @@ def _order(n):
 
 
 def _chunk_rows(hidden, weight):
-    # few rows keep a chunk of logits in cache; a wide model needs more, for each chunk adds to the (V, C) gradient once,
-    # and so does a small vocabulary, whose chunks would cost more in calls than in arithmetic
+    # few rows keep a chunk of logits in cache; a wide model needs more, for each chunk adds to the (V, C) gradient
+    # once, and so does a small vocabulary, whose chunks would cost more in calls than in arithmetic
     (V, C), N = weight.shape, len(hidden)
     return max(1, min(max(C, 128), 1024, N), min(2 ** 20 // V, N))
 

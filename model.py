@@ -215,7 +215,7 @@ class ScalarHead(nn.Module):
             gpt.lm_head.weight.requires_grad_(False)
 
     def forward(self, idx, positions=None, mask=None):
-        """idx (B, T) -> scalars (B, T), at least float32, offset (1,), hidden states (B, T, C); arguments as in GPT's."""
+        """idx (B, T) -> scalars (B, T), at least float32, offset (1,), hidden states (B, T, C). Arguments as in GPT."""
         hidden = self.gpt(idx, positions=positions, mask=mask)
         scalar = self.head(hidden)[..., 0]
         return scalar.to(torch.promote_types(scalar.dtype, torch.float32)), self.offset.clone(), hidden

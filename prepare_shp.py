@@ -378,8 +378,8 @@ def _records(cfg):
         train = [record for record in train if record[0]['history'] not in split_of]
         rule = f"{' and '.join(missing)} cut from train by prompt, {HELD_OUT:.0%} of the prompts each"
         if not train:
-            raise Refusal(f'{cfg.source} has {len(prompts)} prompts, too few to hold some out; give it more, or a folder '
-                          'with train.jsonl, validation.jsonl and test.jsonl')
+            raise Refusal(f'{cfg.source} has {len(prompts)} prompts, too few to hold some out; give it more, or a '
+                          'folder with train.jsonl, validation.jsonl and test.jsonl')
     if 0 < cfg.max_rows < len(train):
         counts['train']['beyond max_rows'] = len(train) - cfg.max_rows
         train = train[:cfg.max_rows]
@@ -710,6 +710,11 @@ def group_batch(picked, block_size, max_answer_length=0):
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def answer_tokens(batch):
+    """Which places of a group_batch's `answer` hold a token: (G, K, A) bool."""
+    return torch.arange(batch['answer'].shape[2], device=batch['answer'].device) < batch['answer_length'][..., None]
+
+
 class Packed(NamedTuple):
     """Groups as rows of tokens in which a prompt stands once for all its answers: P - 1 tokens of the prompt, then for
     each answer the prompt's last token and the answer's own. What GPT.forward takes, and where to read what it gives.
@@ -742,7 +747,7 @@ def pack(batch):
     size = length + (length > 0)                                # of an answer's stretch of the row
     first = stem[:, None] + size.cumsum(1) - size               # where it begins
     T = int((stem + size.sum(1)).max())                         # column T takes what is padding, and is cut off
-    inside = torch.arange(A, device=device) < length[..., None]
+    inside = answer_tokens(batch)
     place = first[..., None] + torch.arange(A, device=device)
     stretch = torch.arange(A + 1, device=device).expand(G, K, A + 1)
     there = torch.where(stretch < size[..., None], first[..., None] + stretch, T).flatten(1)

@@ -12,6 +12,7 @@ import prepare_shp
 from configurator import Refusal, at_least, run
 from losses import taylor_link
 from model import GPT, GPTConfig, load_checkpoint
+from prepare_shp import visible
 from train import DEVICES, DTYPES, setup
 
 
@@ -79,17 +80,17 @@ def main(cfg):
                   f'answer in the block of {block_size}')
             ids = ids[-room:]
         for _ in range(cfg.num_samples):
-            print('-' * 40 + '\n' + prepare_shp.visible(rendered), end='', flush=True)
+            print('-' * 40 + '\n' + visible(rendered), end='', flush=True)
             decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may span tokens
 
             def stream(_, id):
                 if id != encoding.eot_token:
-                    print(prepare_shp.visible(decoder.decode(encoding.decode_single_token_bytes(id))), end='', flush=True)
+                    print(visible(decoder.decode(encoding.decode_single_token_bytes(id))), end='', flush=True)
 
             with machine.autocast():
                 answer, = model.generate([ids], cfg.max_new_tokens, cfg.temperature, cfg.top_k, encoding.eot_token,
                                          torch.rand(1, cfg.max_new_tokens, generator=generator), transform, stream)
-            print(prepare_shp.visible(decoder.decode(b'', True)) + ('' if answer[-1] == encoding.eot_token else ' [cut]'))
+            print(visible(decoder.decode(b'', True)) + ('' if answer[-1] == encoding.eot_token else ' [cut]'))
 
 
 if __name__ == '__main__':

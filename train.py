@@ -251,6 +251,14 @@ def open_run(cfg, machine):
     return None
 
 
+def describe(cfg, machine, model_config, data):
+    """What a checkpoint says of its run, for `check_resume` and for who loads its weights."""
+    return dict(model_config=asdict(model_config), config=asdict(cfg), fingerprint=data.fingerprint,
+                encoding=data.meta['encoding'],
+                machine=dict(ranks=machine.world_size, device=machine.device.type, dtype=str(machine.dtype),
+                             compile=machine.compile, torch=str(torch.__version__)))
+
+
 def check_resume(state, now):
     """Refuses a checkpoint of another model, of other data or beyond this run's end. `now`: what this run would save.
 
@@ -259,9 +267,11 @@ def check_resume(state, now):
     def differ(part):
         return [(k, was, now[part].get(k)) for k, was in state[part].items() if now[part].get(k) != was]
 
-    if state.get('method') != now.get('method'):
-        raise Refusal(f"cannot resume, the checkpoint is of another kind of run: method {state.get('method')} there, "
-                      f"{now.get('method')} here; choose another --out_dir")
+    for name in ('method', 'init_from'):  # of preference.py; train.py has neither
+        there, here = (part['config'].get(name) for part in (state, now))
+        if there != here:
+            raise Refusal(f'cannot resume, the checkpoint is of another run: {name} {there} there, {here} here; choose '
+                          'another --out_dir')
     if model := ', '.join(f'{k}: {was} there, {is_now} here' for k, was, is_now in differ('model_config')):
         raise Refusal(f'cannot resume, the checkpoint is of another model: {model}; choose another --out_dir')
     if state['fingerprint'] != now['fingerprint']:
@@ -309,6 +319,22 @@ class Metrics:
         if self.rank == 0:
             with open(self.path, 'a') as f:
                 f.write(json.dumps(dict(event=event, **values)) + '\n')
+
+
+def finish(cfg, machine, stop, step, done, seconds, hint=''):
+    """The last words of a run whose state is saved: a picture if it is done, the exit code if a signal has ended it."""
+    signals = machine.sum(stop.flags())  # one may have come since the loop last looked
+    if any(signals) or not done:
+        machine.print(f'stopped after step {step}, saved {cfg.out_dir}; continue with --resume=True')
+    if any(signals):
+        sys.exit(128 + (signal.SIGINT if signals[0] else signal.SIGTERM))
+    if machine.rank == 0 and done:
+        try:
+            picture = plot.plot([cfg.out_dir])
+        except Refusal as error:
+            picture = f'no picture ({error})'  # a missing matplotlib is no reason to fail a finished run
+        print(f'{seconds:.0f} s, peak memory {peak_memory(machine) / 2 ** 20:,.0f} MiB\n'
+              f'saved {cfg.out_dir} and {picture}{hint}', flush=True)
 
 
 def write_whole(path, text):
@@ -450,11 +476,7 @@ def main(cfg):
                              cfg.bias, cfg.tie_weights)
     model = GPT(model_config).to(machine.device)
     updates = Updates([model], cfg, machine)
-    described = dict(model_config=asdict(model_config), config=asdict(cfg), fingerprint=data.fingerprint,
-                     encoding=data.meta['encoding'],
-                     machine=dict(ranks=machine.world_size, device=machine.device.type, dtype=str(machine.dtype),
-                                  compile=machine.compile, torch=str(torch.__version__)))
-
+    described = describe(cfg, machine, model_config, data)
     step, tokens, seconds, best = 0, 0, 0.0, math.inf
     state = open_run(cfg, machine)
     if state is not None:
@@ -542,20 +564,8 @@ def main(cfg):
                 mark = step, tokens, now
         if step != saved_step:
             save_state()
-        signals = machine.sum(stop.flags())  # one may have come since the loop last looked
-
-    if step < cfg.max_iters or any(signals):
-        machine.print(f'stopped after step {step}, saved {cfg.out_dir}; continue with --resume=True')
-        if any(signals):
-            sys.exit(128 + (signal.SIGINT if signals[0] else signal.SIGTERM))
-        return
-    if machine.rank == 0:
-        try:
-            picture = plot.plot([cfg.out_dir], Path(cfg.out_dir) / 'loss.png')
-        except Refusal as error:
-            picture = f'no picture ({error})'  # a missing matplotlib is no reason to fail a finished run
-        print(f'{time.perf_counter() - start:.0f} s, peak memory {peak_memory(machine) / 2 ** 20:,.0f} MiB\n'
-              f'saved {cfg.out_dir} and {picture}; hear it with python sample.py --out_dir={cfg.out_dir}', flush=True)
+        finish(cfg, machine, stop, step, step == cfg.max_iters, time.perf_counter() - start,
+               f'; hear it with python sample.py --out_dir={cfg.out_dir}')
 
 
 if __name__ == '__main__':

@@ -10,16 +10,19 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import answers
+import judge
 import prepare_shp
 import preference
 import train
 from configurator import Refusal
 from losses import taylor_loss
-from model import GPT, GPTConfig, ScalarHead, load_checkpoint
+from model import ScalarHead, load_checkpoint, save_checkpoint
 from prepare_shp import group_batch, pick_groups
 from toy_shp import quality, toy_rows
 
@@ -71,13 +74,13 @@ def a_run(tmp_path, method, **changes):
     cfg = config(tmp_path / 'run', method, **changes)
     data = prepare_shp.open_dataset(cfg)
     encoding = prepare_shp.encoding('bytes')
-    start = preference.load_start(cfg, False, encoding)
+    start = answers.load_start(cfg, False, encoding)
     trained, frozen = preference.METHODS[method].build(cfg, start, encoding)
     (tmp_path / 'run' / 'selves').mkdir(parents=True)
-    preference.save_checkpoint(tmp_path / 'run' / 'selves', dict(start, step=0), '0000.pt')
+    save_checkpoint(tmp_path / 'run' / 'selves', dict(start, step=0), '0000.pt')
     groups = {split: data.groups(split) for split in ('train', 'val')}
-    return preference.Run(cfg, train.setup('cpu'), groups, encoding, trained, frozen, dict(trained), train.StopSignal(),
-                          selves={0: preference.weights_hash(start['model'])}), start
+    return answers.Run(cfg, train.setup('cpu'), groups, encoding, trained, frozen, dict(trained), train.StopSignal(),
+                          selves={0: answers.weights_hash(start['model'])}), start
 
 
 def share_of(batch, iteration=0, update=0):
@@ -122,7 +125,7 @@ def test_packed_rows_give_what_separate_texts_give(tmp_path, read):
     torch.nn.init.normal_(scorer.head.weight)
     batch = group_batch(pick_groups(run.groups['train'], 0, 0, 12), 80)
     micro = on_device(run, batch)
-    log_p, reward = preference.token_log_prob(run, model, model, micro), preference.packed_rewards(run, scorer, scorer, micro)[0]
+    log_p, reward = answers.token_log_prob(run, model, model, micro), answers.packed_rewards(run, scorer, scorer, micro)[0]
     upstream = torch.randn(log_p.shape, dtype=torch.float64)
     gradients, values = [], {}
     for fast in (True, False):
@@ -150,11 +153,11 @@ def test_padding_gets_no_gradient_and_changes_nothing(tmp_path):
     model = run.trained['model'].double()
     batch = group_batch(pick_groups(run.groups['train'], 0, 0, 6), 80)
     micro = on_device(run, batch)
-    whole = preference.token_log_prob(run, model, model, micro)
+    whole = answers.token_log_prob(run, model, model, micro)
     for name in ('prompt', 'answer'):  # junk behind every text
         length = micro[f'{name}_length'][..., None]
         micro[name] = torch.where(torch.arange(micro[name].shape[-1]) < length, micro[name], 99)
-    junk = preference.token_log_prob(run, model, model, micro)
+    junk = answers.token_log_prob(run, model, model, micro)
     assert torch.equal(whole, junk)
 
 
@@ -163,7 +166,7 @@ def test_padding_gets_no_gradient_and_changes_nothing(tmp_path):
 def test_ranking_loss_by_brute_force(tmp_path, rank_order, token_order):
     """PL-DPO from its definition: sums over tokens, a fraction at each stage, T_n of it."""
     run, start = a_run(tmp_path, 'dpo', rank_order=rank_order, token_order=token_order, max_answers=0)
-    model, reference = run.trained['model'], preference.make_gpt(start).double()
+    model, reference = run.trained['model'], answers.make_gpt(start).double()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p)
@@ -184,7 +187,7 @@ def test_ranking_loss_by_brute_force(tmp_path, rank_order, token_order):
                 scores.append(run.cfg.beta * (sums[0] - sums[1]))
             p = [torch.exp(s) / sum(torch.exp(x) for x in scores[k:]) for k, s in enumerate(scores)]
             losses.append(sum(-torch.log(x) - sum((1 - x) ** i / i for i in range(1, rank_order + 1)) for x in p))
-    batch |= dict(ref_log_p=ref, generator=torch.full_like(batch['answer_length'], preference.DATA))
+    batch |= dict(ref_log_p=ref, generator=torch.full_like(batch['answer_length'], answers.DATA))
     loss, stats = preference.ranking_loss(run, on_device(run, batch), share_of(batch))
     assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-9)
     chance = [sum(taylor_loss(torch.tensor(1 / m).log(), rank_order).item() for m in range(2, len(g.answers) + 1))
@@ -202,7 +205,7 @@ def test_two_answers_are_dpo_and_selfplay_with_given_pairs_is_dpo(tmp_path):
     with torch.no_grad():
         for p in run.trained['model'].parameters():
             p += 0.02 * torch.randn_like(p)
-    log_p = preference.log_prob_under(run, run.trained['model'], batch)
+    log_p = answers.log_prob_under(run, run.trained['model'], batch)
     ratio = log_p - batch['ref_log_p']
     dpo = -F.logsigmoid(run.cfg.beta * (ratio[:, 0] - ratio[:, 1])).mean()
     loss, stats = preference.ranking_loss(run, on_device(run, batch), share_of(batch))
@@ -227,20 +230,20 @@ def test_pair_statistics_by_brute_force(K):
                 confidence = 1 / (1 + math.exp(-abs(gap)))
                 bins.setdefault(min(int((confidence - 0.5) * 30), 14), []).append(right[-1] - confidence)
     expected = sum(right) / len(right), sum(gaps) / len(gaps), sum(abs(sum(b)) for b in bins.values()) / len(gaps)
-    assert preference.pair_statistics(scores, valid) == pytest.approx(expected, rel=1e-6)
+    assert judge.pair_statistics(scores, valid) == pytest.approx(expected, rel=1e-6)
 
 
 def test_cheap_rankers_find_what_there_is_to_find(tmp_path):
     """Where the better answer is always longer, or always holds a letter, they say so."""
     run, _ = a_run(tmp_path, 'dpo', eval_groups=0)
-    rng = preference.np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
     def groups_of(better, worse):
         pieces = [piece for _ in range(200) for piece in (rng.integers(97, 120, 9), better(), worse())]
-        offsets = preference.np.cumsum([0, *map(len, pieces)])
-        places = preference.np.arange(600)
-        return prepare_shp.Groups(preference.np.concatenate(pieces), offsets, places[::3],
-                                  places[places % 3 > 0], preference.np.arange(0, 401, 2), None, ['id'] * 200)
+        offsets = np.cumsum([0, *map(len, pieces)])
+        places = np.arange(600)
+        return prepare_shp.Groups(np.concatenate(pieces), offsets, places[::3],
+                                  places[places % 3 > 0], np.arange(0, 401, 2), None, ['id'] * 200)
 
     def some(low, high, letters=(97, 120)):
         return lambda: rng.integers(*letters, rng.integers(low, high))
@@ -248,7 +251,7 @@ def test_cheap_rankers_find_what_there_is_to_find(tmp_path):
     for better, worse, expected in ((some(10, 20), some(10, 20), (0.5, 0.5)), (some(6, 9), some(10, 20), (1.0, None)),
                                     (some(10, 20, (100, 130)), some(10, 20), (0.5, 1.0))):
         run.groups['train'], run.groups['val'] = groups_of(better, worse), groups_of(better, worse)
-        found = preference.baselines(run, group_batch(preference.held_out(run), 80))
+        found = judge.baselines(run, group_batch(judge.held_out(run), 80))
         for name, accuracy in zip(('rank_accuracy_length', 'rank_accuracy_bag'), expected):
             assert accuracy is None or found[name] == pytest.approx(accuracy, abs=0.12)
 
@@ -265,14 +268,14 @@ def test_generator_reference_and_template_are_one_and_the_same(tmp_path):
     for g, k, prompt, answer in texts(batch):
         id = str(run.groups['train'].ids[batch['group'][g]])
         assert prompt == run.encoding.encode_ordinary(prepare_shp.render(rows[id], '')[0])
-        assert batch['generator'][g, k] == (preference.DATA, 0)[k] and len(answer) <= 20
+        assert batch['generator'][g, k] == (answers.DATA, 0)[k] and len(answer) <= 20
         with torch.no_grad():
             assert batch['ref_log_p'][g, k].item() == pytest.approx(slow_log_p(policy, prompt, answer).sum().item(), rel=1e-5)
         ended += answer[-1] == run.encoding.eot_token
         if k == 1:
             assert batch['log_p'][g, 1].item() == pytest.approx(batch['ref_log_p'][g, 1].item(), rel=1e-6)
             # the cached path of generation takes the same tokens as the plain one, from the same uniform numbers
-            uniform = torch.from_numpy(preference.np.random.default_rng((5, 0, 0, 0)).random((8, 20), 'float32'))
+            uniform = torch.from_numpy(np.random.default_rng((5, 0, 0, 0)).random((8, 20), 'float32'))
             assert policy.generate([prompt], 20, eot=256, uniform=uniform[g:g + 1]) == [answer]
         else:
             best = run.groups['train'].piece(run.groups['train'].answers[run.groups['train'].first[batch['group'][g]]])
@@ -288,9 +291,9 @@ def test_league_ranks_past_selves_below_the_latest(tmp_path):
             for p in run.trained['model'].parameters():
                 p += 0.05 * torch.randn_like(p)
         batch, _ = preference.collect_self_play(run, t)
-        assert batch['generator'][0].tolist() == [preference.DATA, t, t - 1]
-    assert run.selves[0] == preference.weights_hash(start['model']) != run.selves[1] != run.selves[2]
-    past = preference.past_self(run, 1)
+        assert batch['generator'][0].tolist() == [answers.DATA, t, t - 1]
+    assert run.selves[0] == answers.weights_hash(start['model']) != run.selves[1] != run.selves[2]
+    past = answers.past_self(run, 1)
     for g, k, prompt, answer in texts(batch):
         model = {0: None, 1: run.trained['model'], 2: past}[k]
         if model is not None:
@@ -298,7 +301,7 @@ def test_league_ranks_past_selves_below_the_latest(tmp_path):
                 assert batch['log_p'][g, k].item() == pytest.approx(slow_log_p(model, prompt, answer).sum().item(), rel=1e-5)
     run.selves[1] = '0' * 64
     with pytest.raises(Refusal, match='0001.pt is not the pi_1 of this run'):
-        preference.past_self(run, 1)
+        answers.past_self(run, 1)
 
 
 def test_iterations_on_disk_tell_everything(tmp_path):
@@ -312,7 +315,7 @@ def test_iterations_on_disk_tell_everything(tmp_path):
     assert [line['prompt_id'] for line in lines[::3]] == manifest['prompt_ids'] and manifest['seed'] == 0
     assert manifest['generators'].keys() == {'data', 'self-1', 'self-2'}
     past = load_checkpoint(out / 'selves', '0001.pt')['model']
-    assert manifest['generators']['self-1'] == preference.weights_hash(past)
+    assert manifest['generators']['self-1'] == answers.weights_hash(past)
     rows = {row['post_id']: row['history'] for row in toy_rows('train', 40, 0)}
     assert all(line['prompt'] == rows[line['prompt_id']] for line in lines)
 
@@ -320,25 +323,25 @@ def test_iterations_on_disk_tell_everything(tmp_path):
 def test_teachers_of_three_kinds(tmp_path, monkeypatch):
     run, _ = a_run(tmp_path, 'distill')
     batch, _ = preference.collect_distillation(run, 0)
-    assert batch['generator'][0].tolist() == [preference.DATA, preference.TEACHER, 0]
-    teacher = preference.make_gpt(load_checkpoint('teacher', 'best.pt'))
-    picked = preference.shorten(run, pick_groups(run.groups['train'], 0, 0, 8))
-    uniform = torch.from_numpy(preference.np.random.default_rng((5, 0, 0, 2 ** 32)).random((8, 20), 'float32'))
+    assert batch['generator'][0].tolist() == [answers.DATA, answers.TEACHER, 0]
+    teacher = answers.make_gpt(load_checkpoint('teacher', 'best.pt'))
+    picked = answers.shorten(run, pick_groups(run.groups['train'], 0, 0, 8))
+    uniform = torch.from_numpy(np.random.default_rng((5, 0, 0, 2 ** 32)).random((8, 20), 'float32'))
     expected = teacher.generate([group.prompt for group in picked], 20, eot=256, uniform=uniform)
     assert [a for _, k, _, a in texts(batch) if k == 1] == expected
 
     path = tmp_path / 'written.jsonl'  # by post and by prompt; one was cut off, one is too long
     lines = [dict(post_id=group.id, completion=f' answer {i} ') for i, group in enumerate(picked)]
-    lines[0] = dict(prompt=preference.post_of(run, picked[0].prompt), completion='by prompt')
+    lines[0] = dict(prompt=answers.post_of(run, picked[0].prompt), completion='by prompt')
     lines[1]['ended'] = False
     lines[2]['completion'] = 'x' * 50
     lines = list({json.dumps({**line, 'completion': ''}): line for line in lines}.values())
     path.write_text('\n'.join(map(json.dumps, lines)))
     run.cfg = replace(run.cfg, teacher=str(path))
-    answers = preference.teacher_answers(run, picked, 0)
-    bytes_of = {group.id: bytes(answer[:-1] if answer[-1] == 256 else answer) for group, answer in zip(picked, answers)}
-    assert bytes_of[picked[0].id] == b'by prompt' and answers[0][-1] == 256
-    assert bytes(answers[1]) == b'answer 1' and bytes(answers[2]) == b'x' * 20
+    drawn = answers.teacher_answers(run, picked, 0)
+    bytes_of = {group.id: bytes(answer[:-1] if answer[-1] == 256 else answer) for group, answer in zip(picked, drawn)}
+    assert bytes_of[picked[0].id] == b'by prompt' and drawn[0][-1] == 256
+    assert bytes(drawn[1]) == b'answer 1' and bytes(drawn[2]) == b'x' * 20
 
     class Tokenizer:  # of another vocabulary: one id a character, 0 ends
         pad_token, eos_token, eos_token_id = None, 'end', 0
@@ -369,10 +372,10 @@ def test_teachers_of_three_kinds(tmp_path, monkeypatch):
         AutoModelForCausalLM=types.SimpleNamespace(from_pretrained=lambda name: Model()))
     monkeypatch.setitem(sys.modules, 'transformers', fake)
     run.cfg = replace(run.cfg, teacher='somebody/small')
-    assert preference.teacher_answers(run, picked, 0) == [[*b'ok!!'], *[[*b'ok', 256]] * 7]
+    assert answers.teacher_answers(run, picked, 0) == [[*b'ok!!'], *[[*b'ok', 256]] * 7]
     monkeypatch.setitem(sys.modules, 'transformers', None)
     with pytest.raises(Refusal, match='needs transformers: pip install transformers'):
-        preference.teacher_answers(run, picked, 0)
+        answers.teacher_answers(run, picked, 0)
 
 
 @pytest.mark.parametrize('lines, words', [
@@ -397,7 +400,7 @@ def test_first_minibatch_of_ppo(tmp_path, changes):
     batch, facts = preference.collect_rollouts(run, 0)
     loss, stats = preference.ppo_loss(run, on_device(run, batch), share_of(batch))
     micro = on_device(run, batch)
-    log_p = preference.token_log_prob(run, run.trained['model'], run.trained['model'], micro)
+    log_p = answers.token_log_prob(run, run.trained['model'], run.trained['model'], micro)
     assert ((log_p - micro['old_log_p']).exp() - 1).abs().max() < 1e-4
     assert stats['ratio_first'].item() == pytest.approx(1, abs=1e-5) and abs(facts['train_kl']) < 1e-4
     assert stats['clip_fraction'] == 0 and abs(stats['update_kl']) < 1e-6 and (batch['value'] == 0).all()
@@ -421,7 +424,7 @@ def test_advantages_are_gae_of_the_penalised_rewards(tmp_path):
         for p in [*run.trained['model'].parameters(), *run.trained['critic'].parameters()]:
             p += 0.05 * torch.randn_like(p)
     batch, _ = preference.collect_rollouts(run, 1)
-    policy, critic, reference = run.trained['model'], run.trained['critic'], preference.make_gpt(start)
+    policy, critic, reference = run.trained['model'], run.trained['critic'], answers.make_gpt(start)
     renormalized = preference.renormalize_reward(batch['reward'], 3).reward
     returns = []
     with torch.no_grad():
@@ -446,7 +449,7 @@ def test_a_bandit_is_solved(tmp_path, monkeypatch):
                  answers_per_prompt=32, moment_order=2, learning_rate=3e-3, min_lr=3e-3, eval_interval=1000, kl_stop=0.0)
     preference.main(cfg)
     ask = torch.tensor([prepare_shp.encoding('bytes').encode_ordinary(prepare_shp.render('Rusty pan, why me?', '')[0])])
-    before, after = (preference.make_gpt(load_checkpoint(where, 'best.pt')) for where in ('start', tmp_path / 'run'))
+    before, after = (answers.make_gpt(load_checkpoint(where, 'best.pt')) for where in ('start', tmp_path / 'run'))
     with torch.no_grad():
         before, after = (m.logits(m(ask))[0, -1].softmax(-1)[ord('S')].item() for m in (before, after))
     assert before < 0.5 and after > 0.95
@@ -619,11 +622,11 @@ def test_evaluation_by_brute_force(tmp_path, monkeypatch):
     run.step, run.cfg = 1, replace(run.cfg, source='toy')
     for p in run.trained['model'].parameters():
         p += 0.03 * torch.randn_like(p)
-    policy, reference = run.trained['model'], preference.make_gpt(start)
+    policy, reference = run.trained['model'], answers.make_gpt(start)
     log = types.SimpleNamespace(lines=[], write=lambda event, **line: log.lines.append(line))
-    got = preference.evaluate(run, log)
+    got = judge.evaluate(run, preference.METHODS['dpo'], log)
     pairs, logps, chosen, rejected = [], [], [], []
-    for group in preference.held_out(run):
+    for group in judge.held_out(run):
         log_p = [slow_log_p(policy, group.prompt, a).sum().item() for a in group.answers]
         ref = [slow_log_p(reference, group.prompt, a).sum().item() for a in group.answers]
         score = [0.1 * (a - b) for a, b in zip(log_p, ref)]
@@ -634,29 +637,29 @@ def test_evaluation_by_brute_force(tmp_path, monkeypatch):
     mean = lambda values: sum(values) / len(values)
     expected = dict(rank_accuracy=mean([gap > 0 for gap in pairs]), margin=mean(pairs), rank_accuracy_logp=mean(logps),
                     chosen_logp=mean(chosen), rejected_logp=mean(rejected))
-    groups = preference.shorten(run, preference.held_out_posts(run))
-    uniform = torch.from_numpy(preference.np.random.default_rng((5, 0, preference.EVAL, 0)).random((6, 20), 'float32'))
-    answers = policy.generate([group.prompt for group in groups], 20, eot=256, uniform=uniform)
+    groups = answers.shorten(run, judge.held_out_posts(run))
+    uniform = torch.from_numpy(np.random.default_rng((5, 0, judge.EVAL, 0)).random((6, 20), 'float32'))
+    drawn = policy.generate([group.prompt for group in groups], 20, eot=256, uniform=uniform)
     kl, entropy = [], []
-    for group, answer in zip(groups, answers):
+    for group, answer in zip(groups, drawn):
         kl.append((slow_log_p(policy, group.prompt, answer) - slow_log_p(reference, group.prompt, answer)).sum().item())
         log_p = policy.logits(policy(torch.tensor([group.prompt + answer[:-1]])))[0, len(group.prompt) - 1:].log_softmax(-1)
         entropy += (-(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)).tolist()
-    posts = [preference.post_of(run, group.prompt) for group in groups]
-    expected |= dict(kl=mean(kl), entropy=mean(entropy), eot_rate=mean([answer[-1] == 256 for answer in answers]),
-                     answer_length=mean([len(answer) - (answer[-1] == 256) for answer in answers]), true_quality=mean(
-                         [quality(post, preference.text_of(run, answer)) for post, answer in zip(posts, answers)]))
+    posts = [answers.post_of(run, group.prompt) for group in groups]
+    expected |= dict(kl=mean(kl), entropy=mean(entropy), eot_rate=mean([answer[-1] == 256 for answer in drawn]),
+                     answer_length=mean([len(answer) - (answer[-1] == 256) for answer in drawn]), true_quality=mean(
+                         [quality(post, answers.text_of(run, answer)) for post, answer in zip(posts, drawn)]))
     assert {key: got[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert [line['prompt'] for line in log.lines] == posts and len(set(posts)) == 6
 
 
 def test_reward_run_is_centred_and_loads_into_ppo(tmp_path):
     run, _ = a_run(tmp_path, 'ppo')
-    groups = preference.shorten(run, preference.held_out_posts(run))
-    start = preference.make_gpt(load_checkpoint('start', 'best.pt'))
-    answers = preference.sample(run, start, [group.prompt for group in groups], preference.EVAL, 0)
-    batch = group_batch([group._replace(answers=[answer]) for group, answer in zip(groups, answers)], 80)
-    assert preference.rewards(run, run.frozen['reward_model'], batch).mean().abs() < 1e-5
+    groups = answers.shorten(run, judge.held_out_posts(run))
+    start = answers.make_gpt(load_checkpoint('start', 'best.pt'))
+    drawn = answers.sample(run, start, [group.prompt for group in groups], judge.EVAL, 0)
+    batch = group_batch([group._replace(answers=[answer]) for group, answer in zip(groups, drawn)], 80)
+    assert answers.rewards(run, run.frozen['reward_model'], batch).mean().abs() < 1e-5
     saved = load_checkpoint('reward', 'best.pt')['reward_model']
     for name, w in run.frozen['reward_model'].state_dict().items():
         assert torch.equal(w, saved[name])
@@ -699,22 +702,22 @@ def test_commands_in_refusals_name_the_config(tmp_path, monkeypatch):
     (tmp_path / 'config' / 'toy_reward.py').write_text('')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match='make one with: python train.py config/toy_start.py'):
-        preference.load_run('out/toy_start', 'init_from')
+        answers.load_run('out/toy_start', 'init_from')
     with pytest.raises(Refusal, match='make one with: python preference.py config/toy_reward.py'):
-        preference.load_run('out/toy_reward', 'reward_model')
+        answers.load_run('out/toy_reward', 'reward_model')
 
 
 def test_resume_of_another_run_is_refused(tmp_path):
     out = tmp_path / 'run'
     preference.main(config(out, stop_step=1))
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    with pytest.raises(Refusal, match='another kind of run: method dpo there, spin here'):
+    with pytest.raises(Refusal, match='another run: method dpo there, spin here'):
         preference.main(config(out, 'spin', resume=True))
     with pytest.raises(Refusal, match='is not empty; add --resume=True'):
         preference.main(config(out))
     with pytest.raises(Refusal, match='init_from and out_dir are both'):
         preference.main(config('start', overwrite=True))
-    with pytest.raises(Refusal, match='another kind of run: method dpo there, None here'):
+    with pytest.raises(Refusal, match='another run: method dpo there, None here'):
         train.main(train.Config(dataset='small', source='rows', encoding='bytes', out_dir=str(out), resume=True,
                                 n_layer=1, n_embd=32, block_size=80, device='cpu'))
     assert before == {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}

@@ -1,0 +1,355 @@
+"""Whole answers under a model: their log-probabilities, rewards and samples, by past selves and by teachers too.
+
+Letters: G prompts, K answers a prompt, A tokens an answer, T tokens of a packed row. A batch is a dict of tensors with
+G in front: prepare_shp.group_batch's, and what (G, K) or (G, K, A) a method adds to it.
+"""
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import prepare_shp
+from configurator import Refusal
+from losses import linear_token_log_prob, taylor_loss
+from model import GPT, GPTConfig, ScalarHead, load_checkpoint, save_checkpoint
+from prepare_shp import pack
+
+DATA, TEACHER = -1, -2  # who wrote an answer; t >= 0 is pi_t
+
+
+@dataclass
+class Run:
+    """What the methods share: the run's modules by name, its data, and where it stands."""
+    cfg: object             # preference.Config
+    machine: object         # train.Machine
+    groups: dict            # split -> prepare_shp.Groups
+    encoding: object
+    trained: dict           # name -> module; 'model' is the policy
+    frozen: dict            # name -> module
+    ddp: dict               # trained modules as the loss calls them
+    stop: object            # train.StopSignal
+    step: int = 0
+    sampled_tokens: int = 0
+    selves: dict = field(default_factory=dict)  # t -> sha256 of the weights of pi_t
+    known: dict = field(default_factory=dict)   # what evaluations need again and again: made once
+
+    @property
+    def block_size(self):
+        return next(iter(self.trained.values())).config.block_size
+
+    def forward(self, name):
+        """The trained module under its DDP wrapper where gradients are to be shared."""
+        return self.ddp[name] if torch.is_grad_enabled() else self.trained[name]
+
+
+class Stopped(Exception):
+    """A signal came during a collection or an evaluation; all ranks leave it together."""
+
+
+# Through a model ------------------------------------------------------------------------------------------------------
+
+
+def micro_batch(run, batch, rows):
+    """The groups `rows` of a batch on the device, trimmed to their own longest prompt, ranking and answer."""
+    P = int(batch['prompt_length'][rows].max())
+    K = int((batch['answer_length'][rows] > 0).sum(1).max())
+    A = int(batch['answer_length'][rows].max())
+    trimmed = {}
+    for name, x in batch.items():  # (G,), (G, P) of the prompt, else (G, K) or (G, K, A)
+        size = () if x.ndim == 1 else (P,) if name == 'prompt' else (K, A)[:x.ndim - 1]
+        trimmed[name] = x[rows][(slice(None), *map(slice, size))].to(run.machine.device, non_blocking=True)
+    return trimmed
+
+
+def by_length(batch, rows=None):
+    """Row numbers sorted by the tokens they pack, so that micro-batches hold little padding."""
+    tokens = batch['prompt_length'] + batch['answer_length'].sum(1)
+    rows = torch.arange(len(tokens)) if rows is None else rows
+    return rows[tokens[rows].argsort(stable=True)]
+
+
+@torch.no_grad()
+def for_all_groups(run, batch, function):
+    """function(micro-batch) -> (g, K[, A]) over all groups of a batch, shared among the ranks.
+
+    -> (G, K[, A]) on the CPU and the same on every rank, 0 where trimmed. Raises Stopped after a signal.
+    """
+    parts = []
+    for rows in by_length(batch)[run.machine.rank::run.machine.world_size].split(run.cfg.micro_groups or 64):
+        if run.stop.number:
+            break
+        parts.append((rows, function(micro_batch(run, batch, rows)).float().cpu()))
+    leave_together(run)
+    parts = sum(run.machine.gather(parts), [])
+    result = torch.zeros(batch['answer'].shape[:parts[0][1].ndim])
+    for rows, part in parts:
+        result[(rows, *map(slice, part.shape[1:]))] = part
+    return result
+
+
+def leave_together(run):
+    if any(run.machine.sum(run.stop.flags())):
+        raise Stopped
+
+
+def token_log_prob(run, model, forward, batch):
+    """log p of each token of each answer given its prompt: (G, K, A), 0 in the padding. forward: the model, or its DDP.
+    """
+    packed = pack(batch)
+    with run.machine.autocast():
+        return head_log_prob(model, packed, forward(packed.idx, positions=packed.positions, mask=packed.mask))
+
+
+def head_log_prob(model, packed, hidden):
+    """The head sees only answer tokens, and no (tokens, vocabulary) tensor is held."""
+    log_p = linear_token_log_prob(hidden.flatten(0, 1), model.lm_head.weight, packed.targets.flatten(),
+                                  model.config.vocab_size)
+    return packed.tokens(log_p.view_as(packed.idx))
+
+
+def answer_log_prob(log_p, token_order=0):
+    """log pi(y|x) = sum_t log p_t over an answer's tokens, its end-of-text included: (G, K, A) -> (G, K), nats.
+
+    token_order m: -sum_t T_m(p_t) in its place. m = 0 is the log-probability itself.
+    """
+    return (-taylor_loss(log_p, token_order) if token_order else log_p).sum(-1)
+
+
+def log_prob_under(run, model, batch):
+    """log pi(y|x) of all answers under a frozen model, with the run's token_order: (G, K), by the training path."""
+    return for_all_groups(run, batch, lambda micro: answer_log_prob(token_log_prob(run, model, model, micro),
+                                                                    run.cfg.token_order))
+
+
+def rewards(run, scorer, batch):
+    """r of all answers under a ScalarHead: (G, K), 0 where there is no answer."""
+    return for_all_groups(run, batch, lambda micro: packed_rewards(run, scorer, scorer, micro)[0])
+
+
+def packed_rewards(run, scorer, forward, batch):
+    """-> r (G, K), and the hidden states it was read from, with their Packed."""
+    packed = pack(batch)
+    with run.machine.autocast():
+        scalar, offset, hidden = forward(packed.idx, positions=packed.positions, mask=packed.mask)
+    reward = packed.ends(scalar) if scorer.read == 'last' else packed.tokens(scalar, after=1).sum(-1)
+    return (reward + offset).masked_fill(batch['answer_length'] == 0, 0.0), packed, hidden
+
+
+def token_values(run, critic, batch):
+    """V before each token of each answer, (G, K, A)."""
+    packed = pack(batch)
+    with run.machine.autocast():
+        scalar, offset, _ = critic(packed.idx, positions=packed.positions, mask=packed.mask)
+    return packed.tokens(scalar + offset)
+
+
+# Samples --------------------------------------------------------------------------------------------------------------
+
+
+def sample(run, model, prompts, iteration, who):
+    """One answer of `model` to each prompt at temperature 1: lists of ids -> lists of ids, the same on every rank.
+
+    Shared among the ranks. Uniform numbers are a function of (seed, iteration, who, place), so that the number of ranks
+    changes nothing but rounding. Raises Stopped after a signal.
+    """
+    cfg, eot = run.cfg, run.encoding.eot_token
+    rng = np.random.default_rng((5, cfg.seed, iteration, who))
+    uniform = torch.from_numpy(rng.random((len(prompts), cfg.max_new_tokens), np.float32))
+    mine = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[run.machine.rank::run.machine.world_size]
+    answers, said = {}, time.perf_counter()
+    for first in range(0, len(mine), cfg.sample_batch):
+        if run.stop.number:
+            break
+        rows = mine[first:first + cfg.sample_batch]
+        with run.machine.autocast():
+            new = model.generate([prompts[i] for i in rows], cfg.max_new_tokens, eot=eot, uniform=uniform[rows])
+        answers.update(zip(rows, new))
+        if time.perf_counter() - said > 30:
+            said = time.perf_counter()
+            run.machine.print(f'sampled {len(answers):,} of {len(mine):,} answers')
+    leave_together(run)
+    for others in run.machine.gather(answers):
+        answers.update(others)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def shorten(run, groups):
+    """Prompts lose their beginning, so that max_new_tokens fit behind them in the block."""
+    room = run.block_size - run.cfg.max_new_tokens
+    return [group._replace(prompt=group.prompt[-room:]) for group in groups]
+
+
+def text_of(run, ids):
+    return run.encoding.decode([id for id in ids if id != run.encoding.eot_token])
+
+
+def post_of(run, prompt):
+    """The post that a prompt was rendered from."""
+    return text_of(run, prompt).removesuffix(prepare_shp.SEPARATOR)
+
+
+# Other runs, the start and past selves --------------------------------------------------------------------------------
+
+
+def load_run(folder, option):
+    """The weights of another run: its best.pt, else its latest checkpoint. Refuses with the command that makes it."""
+    where = Path(folder)
+    if where.is_dir() and (where / 'best.pt').exists():
+        return load_checkpoint(where, 'best.pt')
+    if where.is_file() or list(where.glob('ckpt_*.pt')):
+        return load_checkpoint(where)
+    config, script = f'config/{where.name}.py', 'preference.py' if option == 'reward_model' else 'train.py'
+    command = f'python {script} {config}' if Path(config).is_file() else f'python {script} --out_dir={folder}'
+    raise Refusal(f'{option}={folder or repr("")} holds no checkpoint; make one with: {command}, or name the folder of '
+                  f'another run with --{option}=DIR')
+
+
+def load_start(cfg, resuming, encoding):
+    """pi_0: the run init_from, or, when a run is resumed, what it has kept of it."""
+    if resuming:
+        return load_checkpoint(Path(cfg.out_dir) / 'selves', '0000.pt')
+    if Path(cfg.init_from).resolve() == Path(cfg.out_dir).resolve():
+        raise Refusal(f'init_from and out_dir are both {cfg.out_dir}; choose another --out_dir')
+    state = load_run(cfg.init_from, 'init_from')
+    if 'model' not in state:
+        raise Refusal(f'init_from={cfg.init_from} is a reward run and has no policy; name the folder of another run')
+    check_vocabulary(state, 'init_from', cfg.init_from, encoding)
+    return {key: state[key] for key in ('model', 'model_config', 'encoding')}
+
+
+def make_gpt(state, key='model'):
+    """A GPT from a checkpoint, dropout off: log-probabilities of the policy and of its reference must be comparable."""
+    gpt = GPT(GPTConfig(**dict(state['model_config'], dropout=0.0)))
+    gpt.load_state_dict(state[key])
+    return gpt.eval()
+
+
+def make_scorer(state):
+    scorer = ScalarHead(GPT(GPTConfig(**dict(state['model_config'], dropout=0.0))), state['config']['reward_read'])
+    scorer.load_state_dict(state['reward_model'])
+    return scorer.eval()
+
+
+def check_vocabulary(state, option, folder, encoding):
+    if state['encoding'] != encoding.name or state['model_config']['vocab_size'] != encoding.n_vocab:
+        raise Refusal(f"{option}={folder} speaks {state['encoding']}, but the data are in {encoding.name}; train it on "
+                      'data of one --encoding')
+
+
+def weights_hash(weights):
+    digest = hashlib.sha256()
+    for name, w in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(w.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def note_self(run, t, keep=False):
+    """Remembers the policy as it is now, pi_t, by its hash; keep: in selves/ too, for later iterations to play against.
+    """
+    policy, folder = run.trained['model'], Path(run.cfg.out_dir) / 'selves'
+    run.selves[t] = weights_hash(policy.state_dict())
+    if keep:
+        state = dict(step=run.step, model_config=asdict(policy.config), model=policy.state_dict())
+        run.machine.on_rank_0(lambda: save_checkpoint(folder, state, f'{t:04d}.pt'))
+
+
+def past_self(run, t):
+    """pi_t from selves/, frozen; refuses one that is not what the checkpoint says."""
+    folder = Path(run.cfg.out_dir) / 'selves'
+    state = load_checkpoint(folder, f'{t:04d}.pt')
+    if weights_hash(state['model']) != run.selves[t]:
+        raise Refusal(f'{folder}/{t:04d}.pt is not the pi_{t} of this run; start anew with --overwrite=True')
+    return make_gpt(state).to(run.machine.device)
+
+
+# Teachers -------------------------------------------------------------------------------------------------------------
+
+
+def teacher_answers(run, picked, iteration):
+    """The teacher's answer to each group's prompt, as ids of our encoding, closed by end-of-text where it ended.
+
+    The teacher is a run's folder, a file of completions, or else whatever transformers makes of the name.
+    """
+    where = Path(run.cfg.teacher)
+    if not run.cfg.teacher:
+        raise Refusal('distill needs a teacher: --teacher=DIR of a run (python train.py config/toy_teacher.py makes '
+                      'one), FILE.jsonl of completions, or the name of a Hugging Face causal LM')
+    if where.is_file() and where.suffix in ('.json', '.jsonl'):
+        return written_answers(run, where, picked)
+    if (where / 'config.json').exists() and 'architectures' in json.loads((where / 'config.json').read_text()):
+        return hugging_face_answers(run, picked, iteration)
+    if where.exists() or where.parts[0] == 'out':
+        state = load_run(where, 'teacher')
+        check_vocabulary(state, 'teacher', where, run.encoding)
+        prompts = [group.prompt[-(state['model_config']['block_size'] - run.cfg.max_new_tokens):] for group in picked]
+        return sample(run, make_gpt(state).to(run.machine.device), prompts, iteration, 2 ** 32)
+    return hugging_face_answers(run, picked, iteration)
+
+
+def ids_of(run, completion, ended=True):
+    ids = run.encoding.encode_ordinary(completion.strip())[:run.cfg.max_new_tokens]
+    return ids + [run.encoding.eot_token] if ended and len(ids) < run.cfg.max_new_tokens else ids
+
+
+def written_answers(run, path, picked):
+    """Completions made elsewhere: JSON lines of {"prompt" or "post_id", "completion"}; "ended": false = cut off."""
+    rows, problems = {}, {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            key = row['post_id'] if 'post_id' in row else prepare_shp.render(
+                row['prompt'].removesuffix(prepare_shp.SEPARATOR), '')[0]
+            if not isinstance(key, str) or not row['completion'].strip():
+                raise ValueError
+            if key in rows:
+                problems.setdefault('of a prompt that has one already', number)
+            rows[key] = ids_of(run, row['completion'], row.get('ended', True))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            problems.setdefault('not {"prompt" or "post_id", "completion"} with text in them', number)
+    if problems:
+        raise Refusal(f'{path}: ' + ', '.join(f'line {number} is {what}' for what, number in problems.items()))
+    found = [rows.get(group.id, rows.get(text_of(run, group.prompt))) for group in picked]
+    if missing := sum(answer is None for answer in found):
+        raise Refusal(f'{path} has no completion for {missing} of {len(found)} prompts, for example '
+                      f'{post_of(run, picked[found.index(None)].prompt)[:80]!r}; write one for each')
+    return found
+
+
+def hugging_face_answers(run, picked, iteration):
+    """A causal LM of transformers, in its own tokens: our rendered prompt goes in as text, its answer comes out so."""
+    name, cfg, machine = run.cfg.teacher, run.cfg, run.machine
+    try:
+        import transformers
+    except ImportError:
+        raise Refusal(f'teacher={name} is no folder of a run and no file, and a Hugging Face model needs '
+                      'transformers: pip install transformers') from None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side='left')
+        model = transformers.AutoModelForCausalLM.from_pretrained(name).to(machine.device).eval()
+    except (OSError, ValueError) as error:
+        raise Refusal(f'teacher={name} could not be loaded by transformers: {str(error).splitlines()[0]}') from None
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    answers = {}
+    rows = list(range(len(picked)))[machine.rank::machine.world_size]
+    for first in range(0, len(rows), cfg.sample_batch):
+        part = rows[first:first + cfg.sample_batch]
+        prompts = tokenizer([text_of(run, picked[i].prompt) for i in part], return_tensors='pt', padding=True)
+        torch.manual_seed(int(np.random.default_rng((6, cfg.seed, iteration, part[0])).integers(2 ** 63)))
+        with torch.no_grad():
+            out = model.generate(**prompts.to(machine.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                 max_new_tokens=cfg.max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+        for i, ids in zip(part, out[:, prompts['input_ids'].shape[1]:].tolist()):
+            ended = tokenizer.eos_token_id in ids
+            ids = ids[:ids.index(tokenizer.eos_token_id)] if ended else ids
+            answers[i] = ids_of(run, tokenizer.decode(ids, skip_special_tokens=True), ended) or [run.encoding.eot_token]
+        if run.stop.number:
+            break
+    leave_together(run)
+    for others in machine.gather(answers):
+        answers.update(others)
+    return [answers[i] for i in range(len(picked))]
