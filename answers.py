@@ -119,10 +119,10 @@ def answer_log_prob(log_p, token_order=0):
     return (-taylor_loss(log_p, token_order) if token_order else log_p).sum(-1)
 
 
-def log_prob_under(run, model, batch):
-    """log pi(y|x) of all answers under a frozen model, with the run's token_order: (G, K), by the training path."""
-    return for_all_groups(run, batch, lambda micro: answer_log_prob(token_log_prob(run, model, model, micro),
-                                                                    run.cfg.token_order))
+def log_prob_under(run, model, batch, token_order=0):
+    """log pi(y|x) of all answers under a frozen model: (G, K), by the training path."""
+    return for_all_groups(run, batch,
+                          lambda micro: answer_log_prob(token_log_prob(run, model, model, micro), token_order))
 
 
 def rewards(run, scorer, batch):
@@ -221,10 +221,10 @@ def load_start(cfg, resuming, encoding):
     return {key: state[key] for key in ('model', 'model_config', 'encoding')}
 
 
-def make_gpt(state, key='model'):
+def make_gpt(state):
     """A GPT from a checkpoint, dropout off: log-probabilities of the policy and of its reference must be comparable."""
     gpt = GPT(GPTConfig(**dict(state['model_config'], dropout=0.0)))
-    gpt.load_state_dict(state[key])
+    gpt.load_state_dict(state['model'])
     return gpt.eval()
 
 

@@ -27,7 +27,7 @@ def evaluate(run, method, samples_log):
     policy, start = run.trained.get('model'), past_self(run, 0)
     if 'held' not in run.known:
         held = group_batch(held_out(run), run.block_size)
-        run.known['held'] = dict(held, ref_log_p=log_prob_under(run, start, held))
+        run.known['held'] = dict(held, ref_log_p=log_prob_under(run, start, held, run.cfg.token_order))
     held = run.known['held']
     valid = held['answer_length'] > 0
     score = for_all_groups(run, held, lambda micro: method.score(run, micro)[0])
@@ -76,10 +76,13 @@ def held_out(run):
 
 
 def held_out_posts(run):
-    """One group for each of the first eval_samples distinct held-out prompts."""
-    groups = run.groups[run.cfg.eval_split]
-    every = pick_groups(groups, EVAL_SEED, 0, len(groups.prompts))
-    return list({tuple(group.prompt): group for group in reversed(every)}.values())[::-1][:run.cfg.eval_samples]
+    """The longest ranking of each of the first eval_samples distinct held-out prompts."""
+    groups, longest = run.groups[run.cfg.eval_split], {}
+    for group in pick_groups(groups, EVAL_SEED, 0, len(groups.prompts)):
+        known = longest.setdefault(tuple(group.prompt), group)
+        if len(group.answers) > len(known.answers):
+            longest[tuple(group.prompt)] = group
+    return list(longest.values())[:run.cfg.eval_samples]
 
 
 def pair_statistics(scores, valid):
@@ -129,10 +132,12 @@ def baselines(run, held):
 def token_entropy(run, model, batch):
     """Entropy in nats of the distribution that each answer token was drawn from: (G, K, A)."""
     packed = pack(batch)
+    drawn, entropy = packed.targets >= 0, torch.zeros(packed.idx.shape, device=packed.idx.device)
     with run.machine.autocast():
-        hidden = model(packed.idx, positions=packed.positions, mask=packed.mask).flatten(0, 1)
-        entropy = [torch.special.entr(model.logits(rows).softmax(-1)).sum(-1) for rows in hidden.split(LOGIT_ROWS)]
-    return packed.tokens(torch.cat(entropy).view_as(packed.idx))
+        hidden = model(packed.idx, positions=packed.positions, mask=packed.mask)[drawn]
+        entropy[drawn] = torch.cat([torch.special.entr(model.logits(rows).softmax(-1)).sum(-1).float()
+                                    for rows in hidden.split(LOGIT_ROWS)])
+    return packed.tokens(entropy)
 
 
 def show_samples(out):
@@ -200,10 +205,11 @@ def report_policy_reward(run, samples, posts):
 
 def report_between(run, samples, posts):
     """Do the teacher's answers lie between the data's best and the student's own, on held-out prompts?"""
-    held = shorten(run, held_out_posts(run))
+    whole = held_out_posts(run)
+    held = shorten(run, whole)
     if 'teacher' not in run.known:
         try:
-            run.known['teacher'] = teacher_answers(run, held, EVAL)
+            run.known['teacher'] = teacher_answers(run, whole, EVAL)
         except Refusal as error:  # a file of completions need not hold the held-out prompts
             run.machine.print(f'note: no report on the teacher, {error}')
             run.known['teacher'] = None

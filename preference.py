@@ -79,6 +79,10 @@ class Config(RunConfig):
     kl_stop: float = 0.1               # ppo: KL to the sampling policy, nats a token, that ends an iteration; 0 = none
     eval_groups: int = 1000            # held-out rankings that are judged; 0 = all
     eval_samples: int = 256            # held-out prompts that are answered; 0 = none
+    learning_rate: float = 1e-5        # after warm-up
+    min_lr: float = 1e-6               # at the cosine's end; equal to learning_rate = constant
+    warmup_iters: int = 20             # steps of linear warm-up
+    weight_decay: float = 0.0          # AdamW's, on matrices only
     compile: bool | None = False       # torch.compile the model; rows differ in length from step to step
 
     def check(self):
@@ -125,7 +129,7 @@ def build_reward(cfg, start, encoding):
 
 def build_actor_critic(cfg, start, encoding):
     frozen = frozen_reward_model(cfg, encoding)
-    # Rewards that average zero for every prompt: the critic knows what the reward model reads, and says 0 at first
+    # rewards average zero for every prompt: the critic knows what the reward model reads, and says 0 at first
     critic = ScalarHead(copy.deepcopy(frozen['reward_model'].gpt))
     return dict(model=make_gpt(start), critic=critic), frozen
 
@@ -151,7 +155,7 @@ def collect_rankings(run, iteration):
 
 def collect_rankings_and_reference(run, iteration):
     batch, facts = collect_rankings(run, iteration)
-    return dict(batch, ref_log_p=log_prob_under(run, past_self(run, 0), batch)), facts
+    return dict(batch, ref_log_p=log_prob_under(run, past_self(run, 0), batch, run.cfg.token_order)), facts
 
 
 def collect_self_play(run, iteration):
@@ -173,10 +177,11 @@ def collect_league(run, iteration, teachers, selves):
     cfg, policy = run.cfg, run.trained['model']
     if iteration:
         note_self(run, iteration, keep=cfg.opponents > 1)
-    picked = shorten(run, pick_groups(run.groups['train'], cfg.seed, iteration, groups_per_iteration(run)))
-    ranked = {DATA: [group.answers[0] for group in picked]}
+    whole = pick_groups(run.groups['train'], cfg.seed, iteration, groups_per_iteration(run))
+    picked = shorten(run, whole)
+    ranked = {DATA: [group.answers[0] for group in whole]}
     for who, ask in teachers.items():
-        ranked[who] = ask(run, picked, iteration)
+        ranked[who] = ask(run, whole, iteration)
     log_p = torch.zeros(len(picked), 1 + len(teachers) + len(selves))
     for t in selves:
         model = policy if t == iteration else past_self(run, t)
@@ -188,7 +193,7 @@ def collect_league(run, iteration, teachers, selves):
     picked = [group._replace(answers=list(answers)) for group, *answers in zip(picked, *ranked.values())]
     batch = group_batch(picked, run.block_size, cfg.max_new_tokens)
     generator = torch.tensor(list(ranked)).expand(len(picked), -1).contiguous()
-    batch |= dict(generator=generator, log_p=log_p, ref_log_p=log_prob_under(run, policy, batch))
+    batch |= dict(generator=generator, log_p=log_p, ref_log_p=log_prob_under(run, policy, batch, cfg.token_order))
     return batch, {}
 
 
@@ -275,7 +280,7 @@ def ranking_loss(run, batch, share):
     stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / share['groups'])
     own = batch['generator'] == share['iteration']
     if own.any():  # self-play: how well data are told from what pi_t wrote
-        margin = score[:, 0].double() - score[own].double()
+        margin = score[:, 0] - score[own]
         stats |= dict(self_margin=margin.sum() / share['groups'], self_square=margin.square().sum() / share['groups'])
     if run.cfg.sft_weight:
         stats['sft_loss'] = -log_p[:, 0].sum() / share['best_tokens']
@@ -496,8 +501,8 @@ def main(cfg):
                     machine.print(f'first update: {in_words(stats)}')
 
                 if stats.get('update_kl', 0.0) > (cfg.kl_stop or math.inf) and run.step % per_iteration:
-                    machine.print(f'step {run.step}: KL to the sampling policy {stats["update_kl"]:.3f}, above kl_stop: '
-                                  'on with the next iteration')
+                    machine.print(f'step {run.step}: KL to the sampling policy {stats["update_kl"]:.3f}, above kl_stop; on '
+                                  'with the next iteration')
                     run.step = (iteration + 1) * per_iteration
                 per_pass = per_iteration // cfg.inner_epochs
                 # groups that were not trained on yet, by a policy that has left pi_t

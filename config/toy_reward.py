@@ -1,4 +1,4 @@
-# A reward model of the toy data: Plackett-Luce likelihood of its rankings, beside the language loss of the best answers.
+# A reward model of the toy data: Plackett-Luce likelihood of its rankings, the best answers' cross-entropy beside it.
 # python preference.py config/toy_reward.py      after: python train.py config/toy_start.py
 out_dir = 'out/toy_reward'
 method, init_from = 'reward', 'out/toy_start'

@@ -19,6 +19,7 @@ import answers
 import judge
 import prepare_shp
 import preference
+import sample
 import train
 from configurator import Refusal
 from losses import taylor_loss
@@ -84,8 +85,8 @@ def a_run(tmp_path, method, **changes):
 
 
 def share_of(batch, iteration=0, update=0):
-    return dict(iteration=iteration, update=update, groups=len(batch['group']), tokens=int(batch['answer_length'].sum()),
-                best_tokens=int(batch['answer_length'][:, 0].sum()))
+    return dict(iteration=iteration, update=update, groups=len(batch['group']),
+                tokens=int(batch['answer_length'].sum()), best_tokens=int(batch['answer_length'][:, 0].sum()))
 
 
 def on_device(run, batch):
@@ -125,7 +126,8 @@ def test_packed_rows_give_what_separate_texts_give(tmp_path, read):
     torch.nn.init.normal_(scorer.head.weight)
     batch = group_batch(pick_groups(run.groups['train'], 0, 0, 12), 80)
     micro = on_device(run, batch)
-    log_p, reward = answers.token_log_prob(run, model, model, micro), answers.packed_rewards(run, scorer, scorer, micro)[0]
+    log_p = answers.token_log_prob(run, model, model, micro)
+    reward, *_ = answers.packed_rewards(run, scorer, scorer, micro)
     upstream = torch.randn(log_p.shape, dtype=torch.float64)
     gradients, values = [], {}
     for fast in (True, False):
@@ -210,7 +212,9 @@ def test_two_answers_are_dpo_and_selfplay_with_given_pairs_is_dpo(tmp_path):
     dpo = -F.logsigmoid(run.cfg.beta * (ratio[:, 0] - ratio[:, 1])).mean()
     loss, stats = preference.ranking_loss(run, on_device(run, batch), share_of(batch))
     assert loss.item() == pytest.approx(dpo.item(), rel=1e-5) and batch['answer'].shape[1] == 2
-    assert stats['self_margin'].item() == pytest.approx((run.cfg.beta * (ratio[:, 0] - ratio[:, 1])).mean().item(), rel=1e-4)
+    margin = run.cfg.beta * (ratio[:, 0] - ratio[:, 1])
+    assert stats['self_margin'].item() == pytest.approx(margin.mean().item(), rel=1e-4)
+    assert stats['self_square'].item() == pytest.approx(margin.square().mean().item(), rel=1e-4)
     run.cfg = replace(run.cfg, method='dpo')
     assert preference.ranking_loss(run, on_device(run, batch), share_of(batch))[0].item() == loss.item()
 
@@ -270,7 +274,8 @@ def test_generator_reference_and_template_are_one_and_the_same(tmp_path):
         assert prompt == run.encoding.encode_ordinary(prepare_shp.render(rows[id], '')[0])
         assert batch['generator'][g, k] == (answers.DATA, 0)[k] and len(answer) <= 20
         with torch.no_grad():
-            assert batch['ref_log_p'][g, k].item() == pytest.approx(slow_log_p(policy, prompt, answer).sum().item(), rel=1e-5)
+            log_p = slow_log_p(policy, prompt, answer).sum().item()
+        assert batch['ref_log_p'][g, k].item() == pytest.approx(log_p, rel=1e-5)
         ended += answer[-1] == run.encoding.eot_token
         if k == 1:
             assert batch['log_p'][g, 1].item() == pytest.approx(batch['ref_log_p'][g, 1].item(), rel=1e-6)
@@ -298,7 +303,8 @@ def test_league_ranks_past_selves_below_the_latest(tmp_path):
         model = {0: None, 1: run.trained['model'], 2: past}[k]
         if model is not None:
             with torch.no_grad():  # each answer's log-probability is under who wrote it
-                assert batch['log_p'][g, k].item() == pytest.approx(slow_log_p(model, prompt, answer).sum().item(), rel=1e-5)
+                log_p = slow_log_p(model, prompt, answer).sum().item()
+            assert batch['log_p'][g, k].item() == pytest.approx(log_p, rel=1e-5)
     run.selves[1] = '0' * 64
     with pytest.raises(Refusal, match='0001.pt is not the pi_1 of this run'):
         answers.past_self(run, 1)
@@ -380,9 +386,10 @@ def test_teachers_of_three_kinds(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('lines, words', [
     (['{"prompt": "a"}'], 'line 1 is not {"prompt" or "post_id", "completion"}'),
-    (['{"post_id": "a", "completion": "x"}', '{"post_id": "a", "completion": "y"}'], 'line 2 is of a prompt that has one'),
+    (['{"post_id": "a", "completion": "x"}', '{"post_id": "a", "completion": "y"}'], 'line 2 is of a prompt that'),
     (['{"post_id": "a", "completion": " "}'], 'line 1 is not'), (['[1]', 'rubbish'], 'line 1 is not'),
-    (['{"post_id": "stranger", "completion": "x"}'], 'has no completion for 8 of 8 prompts'), ([], 'has no completion')])
+    (['{"post_id": "stranger", "completion": "x"}'], 'has no completion for 8 of 8 prompts'),
+    ([], 'has no completion')])
 def test_completions_that_do_not_fit_are_refused(tmp_path, lines, words):
     path = tmp_path / 'written.jsonl'
     path.write_text('\n'.join(lines))
@@ -405,7 +412,8 @@ def test_first_minibatch_of_ppo(tmp_path, changes):
     assert stats['ratio_first'].item() == pytest.approx(1, abs=1e-5) and abs(facts['train_kl']) < 1e-4
     assert stats['clip_fraction'] == 0 and abs(stats['update_kl']) < 1e-6 and (batch['value'] == 0).all()
     inside = torch.arange(batch['answer'].shape[2]) < batch['answer_length'][..., None]
-    assert batch['advantage'][inside].mean().abs() < 1e-5 and batch['advantage'][inside].std() == pytest.approx(1, rel=1e-2)
+    whitened = batch['advantage'][inside]
+    assert whitened.mean().abs() < 1e-5 and whitened.std() == pytest.approx(1, rel=1e-2)
     last = batch['returns'].gather(2, batch['answer_length'][..., None] - 1)[..., 0]
     mean = last.mean(1) if run.cfg.renormalize_over == 'prompt' else last.mean()
     assert mean.abs().max() < 1e-4 and last.square().mean() == pytest.approx(1, abs=0.4)
@@ -446,7 +454,8 @@ def test_a_bandit_is_solved(tmp_path, monkeypatch):
     """One token, a reward for one of them, beta = 0: its probability goes above 0.95."""
     monkeypatch.setattr(preference, 'rewards', lambda run, scorer, batch: (batch['answer'][..., 0] == ord('S')).float())
     cfg = config(tmp_path / 'run', 'ppo', beta=0.0, max_new_tokens=1, missing_eot_penalty=0.0, iterations=25,
-                 answers_per_prompt=32, moment_order=2, learning_rate=3e-3, min_lr=3e-3, eval_interval=1000, kl_stop=0.0)
+                 answers_per_prompt=32, moment_order=2, learning_rate=3e-3, min_lr=3e-3, eval_interval=1000,
+                 kl_stop=0.0)
     preference.main(cfg)
     ask = torch.tensor([prepare_shp.encoding('bytes').encode_ordinary(prepare_shp.render('Rusty pan, why me?', '')[0])])
     before, after = (answers.make_gpt(load_checkpoint(where, 'best.pt')) for where in ('start', tmp_path / 'run'))
@@ -495,6 +504,13 @@ def test_files_metrics_and_the_first_loss(tmp_path, method, capsys):
     assert '  before ' in printed and '  after  ' in printed
     steps = [json.loads(line)['step'] for line in (out / 'samples.jsonl').read_text().splitlines()]
     assert steps == [0] * 6 + [4] * 6 + [8] * 6 + [12] * 6
+    talk = sample.Config(out_dir=str(out), prompt='Rusty pan, why me?', max_new_tokens=5, device='cpu')
+    if method == 'reward':
+        with pytest.raises(Refusal, match='is a reward run: it judges answers and writes none'):
+            sample.main(talk)
+    else:
+        sample.main(talk)
+        assert 'Rusty pan, why me?' in capsys.readouterr().out
 
 
 def assert_same_run(a, b):
@@ -537,9 +553,10 @@ def test_two_ranks_equal_one(tmp_path, method):
     """The same losses and evaluations with 2 gloo ranks, which hand over to one process and take over again."""
     options = dict(groups_per_iteration=10, groups_per_step=5, micro_groups=2)
     preference.main(config(tmp_path / 'one', method, **options))
-    subprocess.run(command(tmp_path / 'two', method, '--stop_step=3', ranks=2, **options), check=True, capture_output=True)
-    preference.main(config(tmp_path / 'two', method, resume=True, stop_step=5, **options))
-    subprocess.run(command(tmp_path / 'two', method, '--resume=True', ranks=2, **options), check=True, capture_output=True)
+    two = tmp_path / 'two'
+    subprocess.run(command(two, method, '--stop_step=3', ranks=2, **options), check=True, capture_output=True)
+    preference.main(config(two, method, resume=True, stop_step=5, **options))
+    subprocess.run(command(two, method, '--resume=True', ranks=2, **options), check=True, capture_output=True)
     for event in ('train', 'eval'):
         one, two = metrics(tmp_path / 'one', event), metrics(tmp_path / 'two', event)
         assert [line['step'] for line in one] == [line['step'] for line in two]
@@ -643,7 +660,8 @@ def test_evaluation_by_brute_force(tmp_path, monkeypatch):
     kl, entropy = [], []
     for group, answer in zip(groups, drawn):
         kl.append((slow_log_p(policy, group.prompt, answer) - slow_log_p(reference, group.prompt, answer)).sum().item())
-        log_p = policy.logits(policy(torch.tensor([group.prompt + answer[:-1]])))[0, len(group.prompt) - 1:].log_softmax(-1)
+        logits = policy.logits(policy(torch.tensor([group.prompt + answer[:-1]])))
+        log_p = logits[0, len(group.prompt) - 1:].log_softmax(-1)
         entropy += (-(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)).tolist()
     posts = [answers.post_of(run, group.prompt) for group in groups]
     expected |= dict(kl=mean(kl), entropy=mean(entropy), eot_rate=mean([answer[-1] == 256 for answer in drawn]),
@@ -664,14 +682,16 @@ def test_reward_run_is_centred_and_loads_into_ppo(tmp_path):
     for name, w in run.frozen['reward_model'].state_dict().items():
         assert torch.equal(w, saved[name])
     for name, w in run.trained['critic'].gpt.state_dict().items():
-        assert torch.equal(w, saved[f'gpt.{name}']) and w.data_ptr() != run.frozen['reward_model'].gpt.state_dict()[name].data_ptr()
+        frozen = run.frozen['reward_model'].gpt.state_dict()[name]
+        assert torch.equal(w, saved[f'gpt.{name}']) and w.data_ptr() != frozen.data_ptr()
     assert (run.trained['critic'].head.weight == 0).all()
 
 
 def test_untied_heads_train_too(tmp_path):
     """A reward model never uses its language head; under DDP that must not hang or fail."""
-    train.main(train.Config(dataset='small', source='rows', encoding='bytes', out_dir=str(tmp_path / 'start'), n_layer=1,
-                            n_head=2, n_embd=16, block_size=80, max_iters=2, tie_weights=False, device='cpu'))
+    train.main(train.Config(dataset='small', source='rows', encoding='bytes', out_dir=str(tmp_path / 'start'),
+                            n_layer=1, n_head=2, n_embd=16, block_size=80, max_iters=2, tie_weights=False,
+                            device='cpu'))
     subprocess.run(command(tmp_path / 'run', 'reward', ranks=2, init_from=tmp_path / 'start', iterations=1), check=True,
                    capture_output=True)
 
@@ -726,7 +746,7 @@ def test_resume_of_another_run_is_refused(tmp_path):
 @pytest.mark.parametrize('options, words', [
     (['--method=pdo'], "method='pdo' is not one of dpo, spin, distill, reward, ppo"),
     (['--moment_order=4'], 'kurtosis >= skewness^2 + 1'), (['--moments=1,1.5'], 'no distribution has moments'),
-    (['--groups_per_iteration=10', '--groups_per_step=4'], 'groups_per_iteration=10 is no multiple of groups_per_step=4'),
+    (['--groups_per_iteration=10', '--groups_per_step=4'], 'is no multiple of groups_per_step=4'),
     (['--max_answers=1'], 'leaves nothing to rank'), (['--opponent=2'], 'did you mean opponents?')])
 def test_wrong_options_exit_with_2_and_a_sentence(options, words):
     done = subprocess.run([sys.executable, str(ROOT / 'preference.py'), *options], capture_output=True, text=True)
