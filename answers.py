@@ -4,7 +4,6 @@ Letters: G prompts, K answers a prompt, A tokens an answer, T tokens of a packed
 G in front: prepare_shp.group_batch's, and what (G, K) or (G, K, A) a method adds to it.
 """
 import hashlib
-import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,13 +17,15 @@ from losses import linear_token_log_prob, taylor_loss
 from model import GPT, GPTConfig, ScalarHead, load_checkpoint, save_checkpoint
 from prepare_shp import pack
 
-DATA, TEACHER = -1, -2  # who wrote an answer; t >= 0 is pi_t
+DATA, TEACHER = -1, -2   # who wrote an answer; t >= 0 is pi_t
+MASK_ENTRIES = 2 ** 25  # of attention's masks, that a micro-batch may hold
 
 
 @dataclass
 class Run:
     """What the methods share: the run's modules by name, its data, and where it stands."""
     cfg: object             # preference.Config
+    method: object          # preference.Method
     machine: object         # train.Machine
     groups: dict            # split -> prepare_shp.Groups
     encoding: object
@@ -42,7 +43,7 @@ class Run:
         return next(iter(self.trained.values())).config.block_size
 
     def forward(self, name):
-        """The trained module under its DDP wrapper where gradients are to be shared."""
+        """The trained module as updates call it, or where there is no gradient to share, itself."""
         return self.ddp[name] if torch.is_grad_enabled() else self.trained[name]
 
 
@@ -65,11 +66,18 @@ def micro_batch(run, batch, rows):
     return trimmed
 
 
-def by_length(batch, rows=None):
-    """Row numbers sorted by the tokens they pack, so that micro-batches hold little padding."""
-    tokens = batch['prompt_length'] + batch['answer_length'].sum(1)
+def shares(run, batch, rows=None):
+    """The groups `rows` (None: all) of a batch -> this rank's, in micro-batches: a list of tensors of row numbers.
+
+    Sorted by length, so that they hold little padding. Of micro_groups, or where that is 0, of as many as keep the
+    masks of attention below MASK_ENTRIES.
+    """
+    tokens = batch['prompt_length'] + (batch['answer_length'] + 1).sum(1)
     rows = torch.arange(len(tokens)) if rows is None else rows
-    return rows[tokens[rows].argsort(stable=True)]
+    mine = rows[tokens[rows].argsort(stable=True)][run.machine.rank::run.machine.world_size]
+    if not len(mine):
+        return []
+    return mine.split(run.cfg.micro_groups or max(1, MASK_ENTRIES // int(tokens[mine].max()) ** 2))
 
 
 @torch.no_grad()
@@ -79,7 +87,7 @@ def for_all_groups(run, batch, function):
     -> (G, K[, A]) on the CPU and the same on every rank, 0 where trimmed. Raises Stopped after a signal.
     """
     parts = []
-    for rows in by_length(batch)[run.machine.rank::run.machine.world_size].split(run.cfg.micro_groups or 64):
+    for rows in shares(run, batch):
         if run.stop.number:
             break
         parts.append((rows, function(micro_batch(run, batch, rows)).float().cpu()))
@@ -172,9 +180,13 @@ def sample(run, model, prompts, iteration, who):
             said = time.perf_counter()
             run.machine.print(f'sampled {len(answers):,} of {len(mine):,} answers')
     leave_together(run)
-    for others in run.machine.gather(answers):
-        answers.update(others)
-    return [answers[i] for i in range(len(prompts))]
+    return gather_answers(run, answers)
+
+
+def gather_answers(run, answers):
+    """{place: answer} of each rank -> the list of all."""
+    every = {place: answer for share in run.machine.gather(answers) for place, answer in share.items()}
+    return [every[place] for place in range(len(every))]
 
 
 def shorten(run, groups):
@@ -202,18 +214,22 @@ def load_run(folder, option):
         return load_checkpoint(where, 'best.pt')
     if where.is_file() or list(where.glob('ckpt_*.pt')):
         return load_checkpoint(where)
-    config, script = f'config/{where.name}.py', 'preference.py' if option == 'reward_model' else 'train.py'
-    command = f'python {script} {config}' if Path(config).is_file() else f'python {script} --out_dir={folder}'
+    config, script = f'config/{where.name}.py', 'train.py'
+    if option == 'reward_model':
+        script = 'preference.py' if Path(config).is_file() else 'preference.py --method=reward'
+    command = f'python {script} ' + (config if Path(config).is_file() else f'--out_dir={folder or "out/" + option}')
     raise Refusal(f'{option}={folder or repr("")} holds no checkpoint; make one with: {command}, or name the folder of '
                   f'another run with --{option}=DIR')
 
 
 def load_start(cfg, resuming, encoding):
     """pi_0: the run init_from, or, when a run is resumed, what it has kept of it."""
+    for option in ('init_from', 'reward_model', 'teacher'):
+        where = Path(getattr(cfg, option)).resolve()
+        if getattr(cfg, option) and Path(cfg.out_dir).resolve() in (where, where.parent):
+            raise Refusal(f'{option} and out_dir are both {cfg.out_dir}; choose another --out_dir')
     if resuming:
-        return load_checkpoint(Path(cfg.out_dir) / 'selves', '0000.pt')
-    if Path(cfg.init_from).resolve() == Path(cfg.out_dir).resolve():
-        raise Refusal(f'init_from and out_dir are both {cfg.out_dir}; choose another --out_dir')
+        return load_self(cfg.out_dir, 0)
     state = load_run(cfg.init_from, 'init_from')
     if 'model' not in state:
         raise Refusal(f'init_from={cfg.init_from} is a reward run and has no policy; name the folder of another run')
@@ -260,96 +276,15 @@ def note_self(run, t, keep=False):
 
 def past_self(run, t):
     """pi_t from selves/, frozen; refuses one that is not what the checkpoint says."""
-    folder = Path(run.cfg.out_dir) / 'selves'
-    state = load_checkpoint(folder, f'{t:04d}.pt')
+    state = load_self(run.cfg.out_dir, t)
     if weights_hash(state['model']) != run.selves[t]:
-        raise Refusal(f'{folder}/{t:04d}.pt is not the pi_{t} of this run; start anew with --overwrite=True')
+        raise Refusal(f'{run.cfg.out_dir}/selves/{t:04d}.pt is not the pi_{t} of this run; start anew with '
+                      '--overwrite=True')
     return make_gpt(state).to(run.machine.device)
 
 
-# Teachers -------------------------------------------------------------------------------------------------------------
-
-
-def teacher_answers(run, picked, iteration):
-    """The teacher's answer to each group's prompt, as ids of our encoding, closed by end-of-text where it ended.
-
-    The teacher is a run's folder, a file of completions, or else whatever transformers makes of the name.
-    """
-    where = Path(run.cfg.teacher)
-    if not run.cfg.teacher:
-        raise Refusal('distill needs a teacher: --teacher=DIR of a run (python train.py config/toy_teacher.py makes '
-                      'one), FILE.jsonl of completions, or the name of a Hugging Face causal LM')
-    if where.is_file() and where.suffix in ('.json', '.jsonl'):
-        return written_answers(run, where, picked)
-    if (where / 'config.json').exists() and 'architectures' in json.loads((where / 'config.json').read_text()):
-        return hugging_face_answers(run, picked, iteration)
-    if where.exists() or where.parts[0] == 'out':
-        state = load_run(where, 'teacher')
-        check_vocabulary(state, 'teacher', where, run.encoding)
-        prompts = [group.prompt[-(state['model_config']['block_size'] - run.cfg.max_new_tokens):] for group in picked]
-        return sample(run, make_gpt(state).to(run.machine.device), prompts, iteration, 2 ** 32)
-    return hugging_face_answers(run, picked, iteration)
-
-
-def ids_of(run, completion, ended=True):
-    ids = run.encoding.encode_ordinary(completion.strip())[:run.cfg.max_new_tokens]
-    return ids + [run.encoding.eot_token] if ended and len(ids) < run.cfg.max_new_tokens else ids
-
-
-def written_answers(run, path, picked):
-    """Completions made elsewhere: JSON lines of {"prompt" or "post_id", "completion"}; "ended": false = cut off."""
-    rows, problems = {}, {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            key = row['post_id'] if 'post_id' in row else prepare_shp.render(
-                row['prompt'].removesuffix(prepare_shp.SEPARATOR), '')[0]
-            if not isinstance(key, str) or not row['completion'].strip():
-                raise ValueError
-            if key in rows:
-                problems.setdefault('of a prompt that has one already', number)
-            rows[key] = ids_of(run, row['completion'], row.get('ended', True))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            problems.setdefault('not {"prompt" or "post_id", "completion"} with text in them', number)
-    if problems:
-        raise Refusal(f'{path}: ' + ', '.join(f'line {number} is {what}' for what, number in problems.items()))
-    found = [rows.get(group.id, rows.get(text_of(run, group.prompt))) for group in picked]
-    if missing := sum(answer is None for answer in found):
-        raise Refusal(f'{path} has no completion for {missing} of {len(found)} prompts, for example '
-                      f'{post_of(run, picked[found.index(None)].prompt)[:80]!r}; write one for each')
-    return found
-
-
-def hugging_face_answers(run, picked, iteration):
-    """A causal LM of transformers, in its own tokens: our rendered prompt goes in as text, its answer comes out so."""
-    name, cfg, machine = run.cfg.teacher, run.cfg, run.machine
-    try:
-        import transformers
-    except ImportError:
-        raise Refusal(f'teacher={name} is no folder of a run and no file, and a Hugging Face model needs '
-                      'transformers: pip install transformers') from None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side='left')
-        model = transformers.AutoModelForCausalLM.from_pretrained(name).to(machine.device).eval()
-    except (OSError, ValueError) as error:
-        raise Refusal(f'teacher={name} could not be loaded by transformers: {str(error).splitlines()[0]}') from None
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    answers = {}
-    rows = list(range(len(picked)))[machine.rank::machine.world_size]
-    for first in range(0, len(rows), cfg.sample_batch):
-        part = rows[first:first + cfg.sample_batch]
-        prompts = tokenizer([text_of(run, picked[i].prompt) for i in part], return_tensors='pt', padding=True)
-        torch.manual_seed(int(np.random.default_rng((6, cfg.seed, iteration, part[0])).integers(2 ** 63)))
-        with torch.no_grad():
-            out = model.generate(**prompts.to(machine.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                 max_new_tokens=cfg.max_new_tokens, pad_token_id=tokenizer.pad_token_id)
-        for i, ids in zip(part, out[:, prompts['input_ids'].shape[1]:].tolist()):
-            ended = tokenizer.eos_token_id in ids
-            ids = ids[:ids.index(tokenizer.eos_token_id)] if ended else ids
-            answers[i] = ids_of(run, tokenizer.decode(ids, skip_special_tokens=True), ended) or [run.encoding.eot_token]
-        if run.stop.number:
-            break
-    leave_together(run)
-    for others in machine.gather(answers):
-        answers.update(others)
-    return [answers[i] for i in range(len(picked))]
+def load_self(out_dir, t):
+    path = Path(out_dir) / 'selves' / f'{t:04d}.pt'
+    if not path.is_file():
+        raise Refusal(f'{path}, the pi_{t} of this run, is missing; start anew with --overwrite=True')
+    return load_checkpoint(path)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 import toy_shp
-from answers import (for_all_groups, log_prob_under, past_self, post_of, rewards, sample, shorten, teacher_answers,
-                     text_of, token_log_prob)
+from answers import (for_all_groups, log_prob_under, past_self, post_of, rewards, sample, shorten, text_of,
+                     token_log_prob)
 from configurator import Refusal
 from losses import plackett_luce_loss
 from prepare_shp import answer_tokens, group_batch, pack, pick_groups, visible
@@ -22,7 +22,7 @@ KEPT = 16       # samples of an evaluation that samples.jsonl keeps
 
 
 @torch.no_grad()
-def evaluate(run, method, samples_log):
+def evaluate(run, samples_log):
     """-> the metrics of an 'eval' line: held-out rankings, and fresh samples beside pi_0. Raises Stopped."""
     policy, start = run.trained.get('model'), past_self(run, 0)
     if 'held' not in run.known:
@@ -30,7 +30,7 @@ def evaluate(run, method, samples_log):
         run.known['held'] = dict(held, ref_log_p=log_prob_under(run, start, held, run.cfg.token_order))
     held = run.known['held']
     valid = held['answer_length'] > 0
-    score = for_all_groups(run, held, lambda micro: method.score(run, micro)[0])
+    score = for_all_groups(run, held, lambda micro: run.method.score(run, micro)[0])
     speaker = policy or start
     log_p = for_all_groups(run, held, lambda micro: token_log_prob(run, speaker, speaker, micro)).sum(-1)
     metrics = dict(zip(('rank_accuracy', 'margin', 'rank_ece'), pair_statistics(score, valid)),
@@ -60,10 +60,11 @@ def evaluate(run, method, samples_log):
             metrics['true_quality'] = float(np.mean(columns['true_quality']))
             if run.step == 0:
                 metrics |= quality_of_others(run, groups, posts)
-        metrics |= method.report(run, samples, posts)
         scorer = run.trained.get('reward_model') or run.frozen.get('reward_model')
+        reward = rewards(run, scorer, samples)[:, 0] if scorer else None
+        metrics |= run.method.report(run, samples, posts, reward)
         if scorer:
-            columns['reward'] = rewards(run, scorer, samples)[:, 0].tolist()
+            columns['reward'] = reward.tolist()
         for i, (post, answer) in enumerate(zip(posts[:KEPT], answers)):
             samples_log.write('eval', step=run.step, prompt=post, completion=text_of(run, answer),
                               ended=bool(ended[i]), **{name: column[i] for name, column in columns.items()})
@@ -95,7 +96,7 @@ def pair_statistics(scores, valid):
     gap = (scores[:, first] - scores[:, second])[both].double()
     right = (gap > 0).double() + (gap == 0) / 2
     confidence = gap.abs().sigmoid()
-    bin = ((confidence - 0.5) * 2 * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+    bin = ((confidence.nan_to_num(0.5) - 0.5) * 2 * ECE_BINS).long().clamp(max=ECE_BINS - 1)
     error = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bin, right - confidence)
     return right.mean().item(), gap.mean().item(), error.abs().sum().item() / len(gap)
 
@@ -182,34 +183,35 @@ def quality_of_others(run, groups, posts):
 # What a method adds to an evaluation ----------------------------------------------------------------------------------
 
 
-def report_nothing(run, samples, posts):
+def report_nothing(run, samples, posts, reward):
     return {}
 
 
-def report_reward(run, samples, posts):
-    """Centres the reward model on samples of the start, and says how it agrees with the true quality of toy answers."""
-    scorer = run.trained['reward_model']
-    reward = rewards(run, scorer, samples)[:, 0]
-    with torch.no_grad():
-        scorer.offset -= reward.mean().to(scorer.offset.device)  # a ranking loss never moves it
-    metrics = dict(reward_std=reward.std().item())
+def report_reward(run, samples, posts, reward):
+    """Centres the reward model on samples of the start, and says how it agrees with the true quality of toy answers.
+
+    A ranking loss does not see the offset, and no optimizer moves it: it is set here alone.
+    """
+    offset = run.trained['reward_model'].offset
+    offset -= reward.mean().to(offset.device)
+    metrics = dict(reward_std=reward.std(correction=0).item())
     if is_toy(run):
         both = torch.stack([reward, qualities(run, samples, posts)[:, 0]])
         metrics['reward_quality_correlation'] = torch.corrcoef(both)[0, 1].item()
     return metrics
 
 
-def report_policy_reward(run, samples, posts):
-    return dict(reward=rewards(run, run.frozen['reward_model'], samples)[:, 0].mean().item())
+def report_policy_reward(run, samples, posts, reward):
+    return dict(reward=reward.mean().item())
 
 
-def report_between(run, samples, posts):
+def report_between(run, samples, posts, reward):
     """Do the teacher's answers lie between the data's best and the student's own, on held-out prompts?"""
     whole = held_out_posts(run)
     held = shorten(run, whole)
     if 'teacher' not in run.known:
         try:
-            run.known['teacher'] = teacher_answers(run, whole, EVAL)
+            run.known['teacher'] = run.frozen['teacher'].answers(run, whole, EVAL)
         except Refusal as error:  # a file of completions need not hold the held-out prompts
             run.machine.print(f'note: no report on the teacher, {error}')
             run.known['teacher'] = None

@@ -114,7 +114,7 @@ class GPT(nn.Module):
 
         With a cache the tokens follow those that it holds. Without one, positions (B, T) and mask (B, 1, T, T), True
         where a query sees a key, may say how several texts share a row (prepare_shp.pack); the default is one causal
-        text a row. Raises ValueError if a text exceeds block_size.
+        text a row. Raises ValueError if a text exceeds block_size, except where positions are given.
         """
         T, longest = idx.shape[1], idx.shape[1] + (cache.longest if cache else 0)
         if positions is None:
@@ -211,7 +211,7 @@ class ScalarHead(nn.Module):
         self.head = nn.Linear(gpt.config.n_embd, 1, bias=False)
         self.offset = nn.Parameter(torch.zeros(1))
         nn.init.zeros_(self.head.weight)
-        if not gpt.config.tie_weights:  # nothing here is trained through it, and DDP waits for what has a gradient
+        if not gpt.config.tie_weights:  # a language head apart stays as it is: DDP waits for all that has a gradient
             gpt.lm_head.weight.requires_grad_(False)
 
     def forward(self, idx, positions=None, mask=None):

@@ -27,10 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import prepare_shp
-from answers import (DATA, TEACHER, Run, Stopped, answer_log_prob, by_length, check_vocabulary, for_all_groups,
+from answers import (DATA, TEACHER, Run, Stopped, answer_log_prob, check_vocabulary, for_all_groups,
                      head_log_prob, load_run, load_start, log_prob_under, make_gpt, make_scorer, micro_batch, note_self,
-                     packed_rewards, past_self, post_of, rewards, sample, shorten, teacher_answers, text_of,
-                     token_log_prob, token_values, weights_hash)
+                     packed_rewards, past_self, post_of, rewards, sample, shares, shorten, text_of, token_log_prob,
+                     token_values, weights_hash)
 from configurator import Refusal, at_least
 from judge import (evaluate, held_out, report_between, report_nothing, report_policy_reward, report_reward,
                    show_samples)
@@ -38,6 +38,7 @@ from losses import (gae, implicit_reward, masked_mean, plackett_luce_loss, ppo_p
                     renormalize_reward)
 from model import ScalarHead, load_checkpoint, save_checkpoint
 from prepare_shp import answer_tokens, group_batch, pick_groups
+from teachers import open_teacher
 from train import (Metrics, RunConfig, StopSignal, Updates, check_resume, describe, finish, lr_at, open_run, setup,
                    start_files, write_whole)
 
@@ -52,10 +53,10 @@ class Config(RunConfig):
     beta: float = 0.1                  # strength of the KL to the reference
     max_iters: int = 0                 # updates at most; 0 = those of all iterations
     iterations: int = 1                # collections of answers, each followed by updates on them
-    groups_per_iteration: int = 0      # prompts collected at a time, over all ranks; 0 = all of train
+    groups_per_iteration: int = 0      # prompts collected at a time, over all ranks; 0 = all of train, held in memory
     inner_epochs: int = 1              # passes over a collection
     groups_per_step: int = 32          # prompts an update, over all ranks
-    micro_groups: int = 0              # prompts at a time, per rank, as memory allows; 0 = the rank's whole share
+    micro_groups: int = 0              # prompts at a time, per rank; 0 = as many as keep attention's masks small
     max_answers: int = 0               # dpo, reward: answers per ranking, at random from a longer one; 0 = all
     rank_order: int = 0                # n of T_n on the stages of a ranking; 0 = plain Plackett-Luce
     token_order: int = 0               # m of -T_m in place of the tokens' log p, policy and reference alike; 0 = log p
@@ -83,7 +84,7 @@ class Config(RunConfig):
     min_lr: float = 1e-6               # at the cosine's end; equal to learning_rate = constant
     warmup_iters: int = 20             # steps of linear warm-up
     weight_decay: float = 0.0          # AdamW's, on matrices only
-    compile: bool | None = False       # torch.compile the model; rows differ in length from step to step
+    compile: bool | None = False       # torch.compile the updates; rows differ in length from step to step
 
     def check(self):
         yield from super().check()
@@ -99,6 +100,8 @@ class Config(RunConfig):
         yield from at_least(self, 0, 'max_iters', 'beta', 'groups_per_iteration', 'micro_groups', 'max_answers',
                             'rank_order', 'token_order', 'sft_weight', 'margin_stop', 'missing_eot_penalty', 'gamma',
                             'gae_lambda', 'clip_range', 'kl_stop', 'eval_groups', 'eval_samples')
+        if self.gamma > 1 or self.gae_lambda > 1:
+            yield f'gamma={self.gamma} and gae_lambda={self.gae_lambda} are at most 1'
         if self.max_answers == 1:
             yield 'max_answers=1 leaves nothing to rank; use 2 or more, or 0 for all'
         if self.groups_per_step >= 1 and self.groups_per_iteration % self.groups_per_step:
@@ -119,27 +122,33 @@ def build_policy(cfg, start, encoding):
 
 
 def build_student(cfg, start, encoding):
-    return dict(model=make_gpt(start)), frozen_reward_model(cfg, encoding) if cfg.reward_model else {}
+    judge = frozen_reward_model(cfg, start, encoding) if cfg.reward_model else {}
+    return dict(model=make_gpt(start)), dict(judge, teacher=open_teacher(cfg, encoding))
 
 
 def build_reward(cfg, start, encoding):
     scorer = ScalarHead(make_gpt(start), cfg.reward_read)
+    scorer.offset.requires_grad_(False)  # judge.report_reward centres it
     return dict(reward_model=scorer), {}
 
 
 def build_actor_critic(cfg, start, encoding):
-    frozen = frozen_reward_model(cfg, encoding)
+    frozen = frozen_reward_model(cfg, start, encoding)
     # rewards average zero for every prompt: the critic knows what the reward model reads, and says 0 at first
-    critic = ScalarHead(copy.deepcopy(frozen['reward_model'].gpt))
+    critic = ScalarHead(copy.deepcopy(frozen['reward_model'].gpt).requires_grad_(True))
     return dict(model=make_gpt(start), critic=critic), frozen
 
 
-def frozen_reward_model(cfg, encoding):
+def frozen_reward_model(cfg, start, encoding):
     state = load_run(cfg.reward_model, 'reward_model')
     if 'reward_model' not in state:
         raise Refusal(f'reward_model={cfg.reward_model} is no reward run; make one with: '
                       'python preference.py config/toy_reward.py')
     check_vocabulary(state, 'reward_model', cfg.reward_model, encoding)
+    block, needed = state['model_config']['block_size'], start['model_config']['block_size']
+    if block < needed:
+        raise Refusal(f'reward_model={cfg.reward_model} reads {block} tokens, and the policy writes up to {needed}; '
+                      'train one from a start with as large a block')
     return dict(reward_model=make_scorer(state).requires_grad_(False))
 
 
@@ -166,27 +175,27 @@ def collect_self_play(run, iteration):
 
 def collect_distillation(run, iteration):
     """data > teacher > pi_t; the reference is pi_t."""
-    return collect_league(run, iteration, {TEACHER: teacher_answers}, [iteration])
+    return collect_league(run, iteration, {TEACHER: run.frozen['teacher']}, [iteration])
 
 
 def collect_league(run, iteration, teachers, selves):
-    """Each prompt's best answer of the data above those of `teachers`, above samples of `selves`, in that order.
+    """Each ranking's best answer of the data above those of `teachers`, above samples of `selves`, in that order.
 
     A data answer is cut where a sampled one would be, so that neither length nor ending tells who wrote it.
     """
     cfg, policy = run.cfg, run.trained['model']
     if iteration:
-        note_self(run, iteration, keep=cfg.opponents > 1)
+        note_self(run, iteration, keep=cfg.opponents > 1 and not teachers)
     whole = pick_groups(run.groups['train'], cfg.seed, iteration, groups_per_iteration(run))
     picked = shorten(run, whole)
     ranked = {DATA: [group.answers[0] for group in whole]}
-    for who, ask in teachers.items():
-        ranked[who] = ask(run, whole, iteration)
-    log_p = torch.zeros(len(picked), 1 + len(teachers) + len(selves))
+    for who, teacher in teachers.items():
+        ranked[who] = teacher.answers(run, whole, iteration)
+    log_p, sampled = torch.zeros(len(picked), 1 + len(teachers) + len(selves)), 0
     for t in selves:
         model = policy if t == iteration else past_self(run, t)
         answers = sample(run, model, [group.prompt for group in picked], iteration, t)
-        run.sampled_tokens += sum(map(len, answers))
+        sampled += sum(map(len, answers))
         own = group_batch([group._replace(answers=[answer]) for group, answer in zip(picked, answers)], run.block_size)
         log_p[:, len(ranked)] = log_prob_under(run, model, own)[:, 0]
         ranked[t] = answers
@@ -194,21 +203,20 @@ def collect_league(run, iteration, teachers, selves):
     batch = group_batch(picked, run.block_size, cfg.max_new_tokens)
     generator = torch.tensor(list(ranked)).expand(len(picked), -1).contiguous()
     batch |= dict(generator=generator, log_p=log_p, ref_log_p=log_prob_under(run, policy, batch, cfg.token_order))
-    return batch, {}
+    return batch, dict(new_tokens=sampled)
 
 
 def collect_rollouts(run, iteration):
     """K samples of pi_t to each prompt, scored, renormalised, and turned into advantages.
 
-    Token t of an answer earns -beta (log pi - log pi_0), the last one R too. Log-probabilities are those of the
-    training path, so that the first update sees ratios of 1.
+    Token t of an answer earns -beta (log pi - log pi_0), the last one R too. Advantages are whitened over all tokens of
+    the collection. Log-probabilities are those of the training path, so that the first update sees ratios of 1.
     """
     cfg, policy, critic = run.cfg, run.trained['model'], run.trained['critic']
     note_self(run, iteration)
     picked = shorten(run, pick_groups(run.groups['train'], cfg.seed, iteration, groups_per_iteration(run)))
     K = cfg.answers_per_prompt
     answers = sample(run, policy, [group.prompt for group in picked for _ in range(K)], iteration, iteration)
-    run.sampled_tokens += sum(map(len, answers))
     batch = group_batch([group._replace(answers=answers[i * K:(i + 1) * K]) for i, group in enumerate(picked)],
                         run.block_size)
     length, start = batch['answer_length'], past_self(run, 0)
@@ -229,14 +237,13 @@ def collect_rollouts(run, iteration):
     returns = advantage + value
     mean = masked_mean(advantage, inside)
     std = masked_mean((advantage - mean) ** 2, inside).sqrt()
-    unexplained = masked_mean((returns - value - mean) ** 2, inside)
     spread = masked_mean((returns - masked_mean(returns, inside)) ** 2, inside)
     batch |= dict(generator=torch.full_like(length, iteration), log_p=old_log_p.sum(-1), reward=raw,
                   old_log_p=old_log_p, value=value, returns=returns, advantage=(advantage - mean) / (std + 1e-8))
     facts = dict(train_reward=raw.mean(), train_kl=log_ratio.sum(-1).mean(),
                  renormalized_residual=renormalized.residual.mean(), exact_groups=renormalized.exact.float().mean(),
-                 explained_variance=1 - unexplained / spread.clamp(min=1e-12))
-    return batch, {name: fact.item() for name, fact in facts.items()}
+                 explained_variance=1 - std ** 2 / spread.clamp(min=1e-12))
+    return batch, dict({name: fact.item() for name, fact in facts.items()}, new_tokens=sum(map(len, answers)))
 
 
 def groups_per_iteration(run):
@@ -272,11 +279,11 @@ def ranking_loss(run, batch, share):
 
     sft_weight adds the best answers' cross-entropy a token (Pang et al. 2024; for rewards Yang et al. 2024).
     """
-    score, log_p = METHODS[run.cfg.method].score(run, batch)
+    score, log_p = run.method.score(run, batch)
     valid = batch['answer_length'] > 0
     loss = plackett_luce_loss(score, run.cfg.rank_order, valid).sum() / share['groups']
     worst = score.gather(1, valid.sum(1, keepdim=True) - 1)
-    chance = plackett_luce_loss(torch.zeros_like(score), run.cfg.rank_order, valid).sum() / share['groups']  # log K!
+    chance = plackett_luce_loss(torch.zeros_like(score), run.cfg.rank_order, valid).sum() / share['groups']
     stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / share['groups'])
     own = batch['generator'] == share['iteration']
     if own.any():  # self-play: how well data are told from what pi_t wrote
@@ -311,12 +318,12 @@ def ppo_loss(run, batch, share):
 
 
 class Method(NamedTuple):
-    """A row of METHODS. The loop below names no method."""
+    """A row of METHODS. The loop below names no method; what only some of them bring, it finds by its name."""
     build: Callable    # (cfg, start, encoding) -> (modules to train, modules kept frozen)
     collect: Callable  # (run, iteration) -> (batch, facts): tensors with G in front; numbers for the log
     loss: Callable     # (run, micro-batch, share) -> (loss, stats), sums over the micro-batch over what the step holds
     score: Callable    # (run, micro-batch) -> scores (G, K), log p (G, K, A)
-    report: Callable   # (run, samples, posts) -> what it adds to an evaluation
+    report: Callable   # (run, samples, posts, their rewards) -> what it adds to an evaluation
     best: str          # the metric by which best.pt is chosen; '' = the latest is the best
 
 
@@ -338,10 +345,10 @@ def write_iteration(run, iteration, batch, facts):
     path = save_checkpoint(folder, dict(step=run.step, batch=batch), f'{iteration:04d}.pt')
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     for old in folder.glob('*.pt'):  # no checkpoint can ask for it any more
-        if int(old.stem) < oldest:
+        if old.stem.isdigit() and int(old.stem) < oldest:
             old.unlink()
     for old in (folder.parent / 'selves').glob('*.pt'):
-        if 0 < int(old.stem) <= oldest - run.cfg.opponents:
+        if old.stem.isdigit() and 0 < int(old.stem) <= oldest - run.cfg.opponents:
             old.unlink()
     names = {DATA: 'data', TEACHER: 'teacher'}
     generators = {names.get(t, f'self-{t}'): run.selves.get(t) for t in batch['generator'].unique().tolist()}
@@ -407,8 +414,9 @@ def main(cfg):
     for module in (*trained.values(), *frozen.values()):
         module.to(machine.device)
     model_config = next(iter(trained.values())).config
-    run = Run(cfg, machine, {split: data.groups(split) for split in {'train', cfg.eval_split}}, encoding, trained,
-              frozen, {}, StopSignal(), selves={0: weights_hash(start['model'])})
+    groups = {split: data.groups(split) for split in {'train', cfg.eval_split}}
+    run = Run(cfg, method, machine, groups, encoding, trained, frozen, {}, StopSignal(),
+              selves={0: weights_hash(start['model'])})
     if cfg.max_new_tokens >= run.block_size:
         raise Refusal(f'max_new_tokens={cfg.max_new_tokens} leave no room for a prompt in the block of '
                       f'{run.block_size} tokens of {cfg.init_from}; use fewer')
@@ -417,7 +425,8 @@ def main(cfg):
     cfg = run.cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * per_iteration))
 
     updates = Updates(list(trained.values()), cfg, machine)
-    described = describe(cfg, machine, model_config, data)
+    described = dict(describe(cfg, machine, model_config, data),
+                     frozen={name: weights_hash(module.state_dict()) for name, module in frozen.items()})
     tokens, seconds, best, evaluated, ended, lead, batch, facts = 0, 0.0, -math.inf, -1, False, [0, 0.0, 0.0], None, {}
     state = open_run(cfg, machine)
     if state is not None:
@@ -432,9 +441,7 @@ def main(cfg):
             batch = read_iteration(run, run.step // per_iteration, digest)
         del state
     machine.on_rank_0(lambda: start_files(cfg, run.step))
-    machine.on_rank_0(lambda: [(out / name).mkdir(exist_ok=True) for name in ('iterations', 'selves')])
-    if run.step == 0:
-        machine.on_rank_0(lambda: save_checkpoint(out / 'selves', dict(start, step=0), '0000.pt'))
+    machine.on_rank_0(lambda: start_folders(run, start))
     metrics, samples_log = Metrics(cfg, machine, run.step), Metrics(cfg, machine, run.step, 'samples.jsonl')
     run.ddp = {name: torch.compile(module, dynamic=True) if machine.compile else module
                for name, module in trained.items()}
@@ -451,10 +458,20 @@ def main(cfg):
                     **{name: module.state_dict() for name, module in trained.items()})
 
     def save_state():
-        state = dict(weights(), seconds=time.perf_counter() - began, best=best, evaluated=evaluated, ended=ended,
+        # a resume at step 0 evaluates again, for it cuts metrics.jsonl there
+        state = dict(weights(), seconds=time.perf_counter() - began, best=best,
+                     evaluated=evaluated if run.step else -1, ended=ended,
                      lead=lead, facts=facts, sampled_tokens=run.sampled_tokens, selves=run.selves,
                      batch_sha256=digest if run.step % per_iteration else '', **updates.state_dict())
         machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state))  # nobody goes on before the file is whole
+
+    def save_if_best(result):
+        nonlocal best
+        # the test split chooses nothing
+        value = result[method.best] if method.best and cfg.eval_split != 'test' else run.step
+        if value > best:
+            best = value
+            save_checkpoint(cfg.out_dir, weights(), 'best.pt')
 
     began, saved_step = time.perf_counter() - seconds, run.step if run.step else None
     mark = tokens + run.sampled_tokens, time.perf_counter()
@@ -466,33 +483,33 @@ def main(cfg):
                     if run.step and run.step != saved_step:
                         save_state()
                         saved_step = run.step
-                    result = evaluate(run, method, samples_log)
+                    result = evaluate(run, samples_log)
                     evaluated = run.step
                     metrics.write('eval', step=run.step, tokens=tokens, sampled_tokens=run.sampled_tokens,
                                   seconds=time.perf_counter() - began, iteration=run.step // per_iteration, **result)
                     machine.print(f'step {run.step} evaluation: {in_words(result)}')
-                    value = result[method.best] if method.best else run.step
-                    if value > best:
-                        best = value
-                        machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, weights(), 'best.pt'))
+                    machine.on_rank_0(lambda: save_if_best(result))
+                    mark = tokens + run.sampled_tokens, time.perf_counter()
                 if done or cfg.stop_step and run.step >= cfg.stop_step:
                     break
 
                 iteration, update = divmod(run.step, per_iteration)
                 if update == 0:
-                    before, since = run.sampled_tokens, time.perf_counter()
+                    since = time.perf_counter()
                     batch, facts = method.collect(run, iteration)
+                    new_tokens = facts.pop('new_tokens', 0)
+                    run.sampled_tokens += new_tokens
                     digest = machine.on_rank_0(lambda: write_iteration(run, iteration, batch, facts))
                     machine.print(f'iteration {iteration}: {len(batch["group"]):,} prompts and '
-                                  f'{run.sampled_tokens - before:,} sampled tokens, collected in '
+                                  f'{new_tokens:,} sampled tokens, collected in '
                                   f'{time.perf_counter() - since:.1f} s')
                 rows = step_rows(run, batch, update)
                 share = dict(iteration=iteration, update=update, groups=len(rows),  # what the whole step holds
                              tokens=int(batch['answer_length'][rows].sum()),
                              best_tokens=int(batch['answer_length'][rows, 0].sum()))
-                stats = accumulate(run, method, updates, batch, rows, share)
+                stats = accumulate(run, updates, batch, rows, share)
+                lr, grad_norm = lr_at(run.step, cfg), updates.step(run.step + 1, save_state)
                 run.step += 1
-                grad_norm = updates.step(run.step, save_state)
                 tokens += share['tokens']
                 *stats_, interrupted, terminated = machine.sum([float(x) for x in stats.values()] + stop.flags())
                 stats = dict(zip(stats, stats_))
@@ -501,12 +518,12 @@ def main(cfg):
                     machine.print(f'first update: {in_words(stats)}')
 
                 if stats.get('update_kl', 0.0) > (cfg.kl_stop or math.inf) and run.step % per_iteration:
-                    machine.print(f'step {run.step}: KL to the sampling policy {stats["update_kl"]:.3f}, above kl_stop; on '
-                                  'with the next iteration')
-                    run.step = (iteration + 1) * per_iteration
+                    machine.print(f'step {run.step}: KL to the sampling policy {stats["update_kl"]:.3f}, above kl_stop; '
+                                  'on with the next iteration')
+                    run.step = min((iteration + 1) * per_iteration, cfg.max_iters)
                 per_pass = per_iteration // cfg.inner_epochs
-                # groups that were not trained on yet, by a policy that has left pi_t
-                if 'self_margin' in stats and per_pass <= 2 * update < 2 * per_pass:
+                # groups that were not trained on yet, by a policy that has had time to leave pi_t
+                if 'self_margin' in stats and per_pass <= 2 * update < 2 * per_pass and run.step > cfg.warmup_iters:
                     lead = [a + len(rows) * b for a, b in zip(lead, (1, stats['self_margin'], stats['self_square']))]
                 if run.step % per_iteration == 0 and lead[0] >= MARGIN_GROUPS:
                     mean, error = mean_and_error(*lead)
@@ -522,7 +539,7 @@ def main(cfg):
                     eta = (cfg.max_iters - run.step) * (now - began) / run.step
                     metrics.write('train', step=run.step, tokens=tokens, sampled_tokens=run.sampled_tokens,
                                   seconds=now - began, iteration=iteration, grad_norm=grad_norm,
-                                  lr=lr_at(run.step - 1, cfg), tokens_per_second=speed, skipped=updates.skipped,
+                                  lr=lr, tokens_per_second=speed, skipped=updates.skipped,
                                   **{**facts, **stats})
                     machine.print(f'step {run.step}/{cfg.max_iters} {run.step / cfg.max_iters:.0%} '
                                   f'{in_words({**facts, **stats})}, norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, '
@@ -537,16 +554,26 @@ def main(cfg):
         finish(cfg, machine, stop, run.step, done, time.perf_counter() - began)
 
 
-def accumulate(run, method, updates, batch, rows, share):
+def start_folders(run, start):
+    """iterations/ and selves/, on rank 0; a new run finds them empty and keeps pi_0."""
+    for folder in (Path(run.cfg.out_dir) / 'iterations', Path(run.cfg.out_dir) / 'selves'):
+        folder.mkdir(exist_ok=True)
+        if run.step == 0:
+            for path in folder.iterdir():
+                path.unlink()
+    if run.step == 0:
+        save_checkpoint(folder, dict(start, step=0), '0000.pt')
+
+
+def accumulate(run, updates, batch, rows, share):
     """The gradient of a step's groups, this rank's share of them in micro-batches -> the sums of their stats."""
-    mine, totals = by_length(batch, rows)[run.machine.rank::run.machine.world_size], {}
-    parts = mine.split(run.cfg.micro_groups or len(mine))
+    parts, totals = shares(run, batch, rows), {}
     for i, part in enumerate(parts):
         with contextlib.ExitStack() as stack:
             if run.machine.world_size > 1 and i + 1 < len(parts):  # gradients travel once a step
                 for module in run.ddp.values():
                     stack.enter_context(module.no_sync())
-            loss, stats = method.loss(run, micro_batch(run, batch, part), share)
+            loss, stats = run.method.loss(run, micro_batch(run, batch, part), share)
             updates.backward(loss * run.machine.world_size)  # DDP averages over ranks; the mean of the step is wanted
         for name, value in stats.items():
             totals[name] = totals.get(name, 0.0) + value.detach()

@@ -276,8 +276,8 @@ def _shp_rows(line, where):
     if not {'history', 'human_ref_A', 'labels'} & set(line):
         raise ValueError(f"columns {', '.join(map(repr, line))[:200]}, neither SHP's nor prompt + responses nor "
                          'prompt + chosen + rejected')
-    row = {key: _text(key, line.get(key)) for key in ('post_id', 'domain', 'history', 'c_root_id_A', 'c_root_id_B',
-                                                      'human_ref_A', 'human_ref_B')}
+    row = {key: checked_text(key, line.get(key)) for key in ('post_id', 'domain', 'history', 'c_root_id_A',
+                                                             'c_root_id_B', 'human_ref_A', 'human_ref_B')}
     row |= {key: _number(key, line.get(key)) for key in ('score_A', 'score_B', 'created_at_utc_A', 'created_at_utc_B')}
     row |= dict(domain=re.sub('_(train|validation|test)$', '', row['domain']), labels=line.get('labels'))
     if len(row['post_id']) > MAX_ID:
@@ -302,16 +302,18 @@ def _ranked_rows(prompt, responses, scores, where):
         raise ValueError('responses is not a list of two or more')
     if scores is not None and (not isinstance(scores, list) or len(scores) != len(responses)):
         raise ValueError('scores is not a list as long as responses')
-    comments = [Comment(_number('a score', score), -k, str(k), _text('a response', text)) for k, (score, text)
+    comments = [Comment(_number('a score', score), -k, str(k), checked_text('a response', text)) for k, (score, text)
                 in enumerate(zip(scores or range(0, -len(responses), -1), responses))]  # to 0 and less no ratio applies
     if not all(a.beats(b) for a, b in zip(comments, comments[1:])):
         raise ValueError('scores do not fall from the first response to the last')
-    return [dict(post_id=where, domain='', history=_text('prompt', prompt), labels=1, score_A=a.score, score_B=b.score,
+    history = checked_text('prompt', prompt)
+    return [dict(post_id=where, domain='', history=history, labels=1, score_A=a.score, score_B=b.score,
                  created_at_utc_A=a.time, created_at_utc_B=b.time, c_root_id_A=a.id, c_root_id_B=b.id,
                  human_ref_A=a.text, human_ref_B=b.text) for a, b in combinations(comments, 2)]
 
 
-def _text(key, text):
+def checked_text(key, text):
+    """`text` itself if it is fit to be trained on; else ValueError, which calls it `key` and gives the reason."""
     reason = ('is missing or null' if text is None else 'is not text' if not isinstance(text, str) else
               f'is longer than {MAX_TEXT} characters' if len(text) > MAX_TEXT else 'is empty' if not text.strip() else
               'holds a NUL or half a surrogate pair' if re.search('[\0\ud800-\udfff]', text) else '')

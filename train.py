@@ -272,6 +272,10 @@ def check_resume(state, now):
         if there != here:
             raise Refusal(f'cannot resume, the checkpoint is of another run: {name} {there} there, {here} here; choose '
                           'another --out_dir')
+    for name, was in state.get('frozen', {}).items():  # of preference.py: a reward model or a teacher
+        if now['frozen'].get(name) != was:
+            raise Refusal(f'cannot resume, its {name} is another one now; put the old one back, or choose another '
+                          '--out_dir')
     if model := ', '.join(f'{k}: {was} there, {is_now} here' for k, was, is_now in differ('model_config')):
         raise Refusal(f'cannot resume, the checkpoint is of another model: {model}; choose another --out_dir')
     if state['fingerprint'] != now['fingerprint']:

@@ -4,7 +4,7 @@
 out_dir = 'out/toy_ppo'
 method, init_from, reward_model = 'ppo', 'out/toy_start', 'out/toy_reward'
 source = 'toy'
-beta = 0.05
+beta = 0.15
 iterations, groups_per_iteration, answers_per_prompt, inner_epochs, groups_per_step = 80, 32, 8, 2, 32
 max_new_tokens = 38
 learning_rate, min_lr, warmup_iters, weight_decay = 1e-4, 1e-4, 10, 0.0
