@@ -81,7 +81,7 @@ def a_run(tmp_path, method, **changes):
     trained, frozen = preference.METHODS[method].build(cfg, start, encoding)
     (tmp_path / 'run' / 'selves').mkdir(parents=True)
     save_checkpoint(tmp_path / 'run' / 'selves', dict(start, step=0), '0000.pt')
-    groups = {split: data.groups(split) for split in ('train', 'val')}
+    groups = {split: data.groups(split) for split in ('train', 'val', 'test')}
     return answers.Run(cfg, preference.METHODS[method], train.setup('cpu'), groups, encoding, trained, frozen, dict(trained), train.StopSignal(),
                           selves={0: answers.weights_hash(start['model'])}), start
 
@@ -676,11 +676,12 @@ def test_selfplay_ends_within_the_noise_and_not_before(tmp_path, capsys, monkeyp
     assert load_checkpoint(tmp_path / 'run')['step'] == 8 and metrics(tmp_path / 'run', 'eval')[-1]['step'] == 8
     preference.main(replace(idle, resume=True))
     assert load_checkpoint(tmp_path / 'run')['step'] == 8  # and stays ended
-    told = config(tmp_path / 'told', 'spin', learning_rate=1e-2, beta=1.0, margin_stop=2.0, warmup_iters=0)
-    preference.main(told)  # an untrained start is told from data at once
-    found = [line for line in metrics(tmp_path / 'told', 'train') if 'self_margin_mean' in line]
-    assert load_checkpoint(tmp_path / 'told')['step'] == 12 and len(found) == 1
-    assert found[0]['self_margin_mean'] > 2 * found[0]['self_margin_error'] > 0
+    told = config(tmp_path / 'told', 'spin', learning_rate=1e-2, margin_stop=2.0, warmup_iters=0,
+                  groups_per_iteration=16, groups_per_step=2, stop_step=17)
+    preference.main(told)  # a hardly trained start is told from data at once, and self-play goes on
+    found, = [line for line in metrics(tmp_path / 'told', 'train') if 'self_margin_mean' in line]
+    assert found['step'] == 16 and found['self_margin_mean'] > 2 * found['self_margin_error'] > 0
+    assert load_checkpoint(tmp_path / 'told')['step'] == 17
 
 
 def test_mean_and_error():
@@ -729,7 +730,7 @@ def test_evaluation_by_brute_force(tmp_path, monkeypatch):
 
 
 def test_reward_run_is_centred_and_loads_into_ppo(tmp_path):
-    run, _ = a_run(tmp_path, 'ppo')
+    run, _ = a_run(tmp_path, 'ppo', eval_split='test')  # the fixture's
     groups = answers.shorten(run, judge.held_out_posts(run))
     start = answers.make_gpt(load_checkpoint('start', 'best.pt'))
     drawn = answers.sample(run, start, [group.prompt for group in groups], judge.EVAL, 0)
