@@ -132,6 +132,15 @@ def test_preference_run(tmp_path):
     assert pixels(both, COLOURS[0]) > 500 and pixels(both, COLOURS[1]) > 500
 
 
+def test_kl_is_drawn_as_its_square_root(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr('plot.draw', lambda ax, curves: (drawn.extend(curves), draw(ax, curves)))
+    events = [dict(event='eval', step=i, tokens=0, seconds=0, rank_accuracy=0.5, kl=kl) for i, kl in
+              enumerate((-0.01, 4.0, 9.0))]  # an estimate of 0 may be below it
+    plot([write_run(tmp_path / 'run', events)])
+    assert [(0, 0.0), (1, 2.0), (2, 3.0)] in [points for points, _, _ in drawn]
+
+
 def test_plot_leaves_matplotlib_alone(tmp_path):
     """train.py plots at its end, perhaps inside somebody's notebook: no screen, no pyplot, no changed settings."""
     write_run(tmp_path / 'a', train_events())
