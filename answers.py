@@ -207,17 +207,22 @@ def post_of(run, prompt):
 # Other runs, the start and past selves --------------------------------------------------------------------------------
 
 
-def load_run(folder, option):
-    """The weights of another run: its best.pt, else its latest checkpoint. Refuses with the command that makes it."""
-    where = Path(folder)
+def load_run(cfg, option):
+    """The weights of the run cfg.<option>: its best.pt, else its latest checkpoint. Refuses with the command for one.
+    """
+    folder = getattr(cfg, option)
+    where = Path(folder or f'out/{option}')
     if where.is_dir() and (where / 'best.pt').exists():
         return load_checkpoint(where, 'best.pt')
     if where.is_file() or list(where.glob('ckpt_*.pt')):
         return load_checkpoint(where)
-    config, script = f'config/{where.name}.py', 'train.py'
-    if option == 'reward_model':
-        script = 'preference.py' if Path(config).is_file() else 'preference.py --method=reward'
-    command = f'python {script} ' + (config if Path(config).is_file() else f'--out_dir={folder or "out/" + option}')
+    config, script = f'config/{where.name}.py', 'preference.py' if option == 'reward_model' else 'train.py'
+    if Path(config).is_file():
+        command = f'python {script} {config}'
+    else:
+        script += f' --method=reward --init_from={cfg.init_from}' if option == 'reward_model' else ''
+        command = f'python {script} --out_dir={where}' + ''.join(
+            f' --{name}={getattr(cfg, name)}' for name in ('dataset', 'source', 'encoding') if getattr(cfg, name))
     raise Refusal(f'{option}={folder or repr("")} holds no checkpoint; make one with: {command}, or name the folder of '
                   f'another run with --{option}=DIR')
 
@@ -230,7 +235,7 @@ def load_start(cfg, resuming, encoding):
             raise Refusal(f'{option} and out_dir are both {cfg.out_dir}; choose another --out_dir')
     if resuming:
         return load_self(cfg.out_dir, 0)
-    state = load_run(cfg.init_from, 'init_from')
+    state = load_run(cfg, 'init_from')
     if 'model' not in state:
         raise Refusal(f'init_from={cfg.init_from} is a reward run and has no policy; name the folder of another run')
     check_vocabulary(state, 'init_from', cfg.init_from, encoding)

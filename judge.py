@@ -194,10 +194,12 @@ def report_reward(run, samples, posts, reward):
     """
     offset = run.trained['reward_model'].offset
     offset -= reward.mean().to(offset.device)
+    reward -= reward.mean()  # the samples are shown with what the centred model says
     metrics = dict(reward_std=reward.std(correction=0).item())
     if is_toy(run):
         both = torch.stack([reward, qualities(run, samples, posts)[:, 0]])
-        metrics['reward_quality_correlation'] = torch.corrcoef(both)[0, 1].item()
+        if (both.std(1, correction=0) > 0).all():
+            metrics['reward_quality_correlation'] = torch.corrcoef(both)[0, 1].item()
     return metrics
 
 
@@ -213,7 +215,7 @@ def report_between(run, samples, posts, reward):
         try:
             run.known['teacher'] = run.frozen['teacher'].answers(run, whole, EVAL)
         except Refusal as error:  # a file of completions need not hold the held-out prompts
-            run.machine.print(f'note: no report on the teacher, {error}')
+            run.machine.print(f'note: no report on how the teacher does on held-out prompts: {error}')
             run.known['teacher'] = None
     if run.known['teacher'] is None:
         return {}

@@ -286,6 +286,8 @@ def load_checkpoint(where, name=None):
             except Exception as error:  # whatever the unpickler makes of it, the file is of no use
                 problem = str(error).splitlines()[0]
         print(f'warning: {path} is damaged ({problem}); it is not used', flush=True)
+    if len(paths) == 1:
+        raise Refusal(f'{paths[0]} is no sound checkpoint; use another one, or make it again')
     raise Refusal(f'there is no valid checkpoint in {where}: all are damaged; train again with --overwrite=True')
 
 

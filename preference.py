@@ -100,8 +100,12 @@ class Config(RunConfig):
         yield from at_least(self, 0, 'max_iters', 'beta', 'groups_per_iteration', 'micro_groups', 'max_answers',
                             'rank_order', 'token_order', 'sft_weight', 'margin_stop', 'missing_eot_penalty', 'gamma',
                             'gae_lambda', 'clip_range', 'kl_stop', 'eval_groups', 'eval_samples')
-        if self.gamma > 1 or self.gae_lambda > 1:
-            yield f'gamma={self.gamma} and gae_lambda={self.gae_lambda} are at most 1'
+        yield from (f'{name}={getattr(self, name)} is above 1' for name in ('gamma', 'gae_lambda')
+                    if getattr(self, name) > 1)
+        if self.moment_order == 3 and not self.moments and self.renormalize_over == 'prompt':
+            if self.answers_per_prompt < 4:
+                yield (f'moment_order=3 has no solution for answers_per_prompt={self.answers_per_prompt}: the skewness '
+                       'of K numbers is at most (K-2)/sqrt(K-1); use 4 or more')
         if self.max_answers == 1:
             yield 'max_answers=1 leaves nothing to rank; use 2 or more, or 0 for all'
         if self.groups_per_step >= 1 and self.groups_per_iteration % self.groups_per_step:
@@ -116,23 +120,23 @@ class Config(RunConfig):
 # build: modules to train and modules kept frozen, by name -------------------------------------------------------------
 
 
-def build_policy(cfg, start, encoding):
+def build_policy(cfg, start, encoding, groups):
     # no reference among the frozen: its log-probabilities are computed once, when answers are collected
     return dict(model=make_gpt(start)), {}
 
 
-def build_student(cfg, start, encoding):
+def build_student(cfg, start, encoding, groups):
     judge = frozen_reward_model(cfg, start, encoding) if cfg.reward_model else {}
-    return dict(model=make_gpt(start)), dict(judge, teacher=open_teacher(cfg, encoding))
+    return dict(model=make_gpt(start)), dict(judge, teacher=open_teacher(cfg, encoding, groups))
 
 
-def build_reward(cfg, start, encoding):
+def build_reward(cfg, start, encoding, groups):
     scorer = ScalarHead(make_gpt(start), cfg.reward_read)
     scorer.offset.requires_grad_(False)  # judge.report_reward centres it
     return dict(reward_model=scorer), {}
 
 
-def build_actor_critic(cfg, start, encoding):
+def build_actor_critic(cfg, start, encoding, groups):
     frozen = frozen_reward_model(cfg, start, encoding)
     # rewards average zero for every prompt: the critic knows what the reward model reads, and says 0 at first
     critic = ScalarHead(copy.deepcopy(frozen['reward_model'].gpt).requires_grad_(True))
@@ -140,7 +144,7 @@ def build_actor_critic(cfg, start, encoding):
 
 
 def frozen_reward_model(cfg, start, encoding):
-    state = load_run(cfg.reward_model, 'reward_model')
+    state = load_run(cfg, 'reward_model')
     if 'reward_model' not in state:
         raise Refusal(f'reward_model={cfg.reward_model} is no reward run; make one with: '
                       'python preference.py config/toy_reward.py')
@@ -319,7 +323,7 @@ def ppo_loss(run, batch, share):
 
 class Method(NamedTuple):
     """A row of METHODS. The loop below names no method; what only some of them bring, it finds by its name."""
-    build: Callable    # (cfg, start, encoding) -> (modules to train, modules kept frozen)
+    build: Callable    # (cfg, start, encoding, train's groups) -> (modules to train, modules kept frozen)
     collect: Callable  # (run, iteration) -> (batch, facts): tensors with G in front; numbers for the log
     loss: Callable     # (run, micro-batch, share) -> (loss, stats), sums over the micro-batch over what the step holds
     score: Callable    # (run, micro-batch) -> scores (G, K), log p (G, K, A)
@@ -410,11 +414,11 @@ def main(cfg):
     encoding, out = prepare_shp.encoding(data.meta['encoding']), Path(cfg.out_dir)
     resuming = cfg.resume and list(out.glob('ckpt_*.pt'))
     start = load_start(cfg, resuming, encoding)
-    trained, frozen = method.build(cfg, start, encoding)
+    groups = {split: data.groups(split) for split in {'train', cfg.eval_split}}
+    trained, frozen = method.build(cfg, start, encoding, groups['train'])
     for module in (*trained.values(), *frozen.values()):
         module.to(machine.device)
     model_config = next(iter(trained.values())).config
-    groups = {split: data.groups(split) for split in {'train', cfg.eval_split}}
     run = Run(cfg, method, machine, groups, encoding, trained, frozen, {}, StopSignal(),
               selves={0: weights_hash(start['model'])})
     if cfg.max_new_tokens >= run.block_size:
@@ -437,6 +441,7 @@ def main(cfg):
         tokens, seconds, best, evaluated, ended, lead, facts, digest = (state[k] for k in (
             'tokens', 'seconds', 'best', 'evaluated', 'ended', 'lead', 'facts', 'batch_sha256'))
         run.step, run.sampled_tokens, run.selves = (state[k] for k in ('step', 'sampled_tokens', 'selves'))
+        past_self(run, 0)  # refuses another one
         if run.step % per_iteration:
             batch = read_iteration(run, run.step // per_iteration, digest)
         del state
@@ -518,8 +523,8 @@ def main(cfg):
                     machine.print(f'first update: {in_words(stats)}')
 
                 if stats.get('update_kl', 0.0) > (cfg.kl_stop or math.inf) and run.step % per_iteration:
-                    machine.print(f'step {run.step}: KL to the sampling policy {stats["update_kl"]:.3f}, above kl_stop; '
-                                  'on with the next iteration')
+                    machine.print(f'step {run.step}: KL to the sampling policy {stats["update_kl"]:.3f}, above '
+                                  'kl_stop; on with the next iteration')
                     run.step = min((iteration + 1) * per_iteration, cfg.max_iters)
                 per_pass = per_iteration // cfg.inner_epochs
                 # groups that were not trained on yet, by a policy that has had time to leave pi_t

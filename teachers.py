@@ -11,19 +11,19 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from answers import check_vocabulary, gather_answers, leave_together, load_run, make_gpt, post_of, sample, text_of
+from answers import check_vocabulary, gather_answers, leave_together, load_run, make_gpt, sample, text_of
 from configurator import Refusal
 from prepare_shp import SEPARATOR, checked_text, render
 
 
-def open_teacher(cfg, encoding):
-    """cfg.teacher -> a teacher, ready. Refuses what cannot teach, with the reason."""
+def open_teacher(cfg, encoding, groups):
+    """cfg.teacher -> a teacher of the prompts in `groups` (train's Groups). Refuses what cannot be, with the reason."""
     where = Path(cfg.teacher)
     if not cfg.teacher:
         raise Refusal('distill needs a teacher: --teacher=DIR of a run (python train.py config/toy_teacher.py makes '
                       'one), FILE.jsonl of completions, or the name of a Hugging Face causal LM')
-    if where.is_file() and where.suffix in ('.json', '.jsonl'):
-        return WrittenTeacher(cfg, encoding)
+    if where.suffix in ('.json', '.jsonl') or where.is_file() and where.suffix != '.pt':
+        return WrittenTeacher(cfg, encoding, groups)
     if where.parts[0] != 'out' and (not where.exists() or is_hugging_face(where)):
         return HuggingFaceTeacher(cfg)
     return RunTeacher(cfg, encoding)
@@ -46,7 +46,7 @@ class RunTeacher(nn.Module):
 
     def __init__(self, cfg, encoding):
         super().__init__()
-        state = load_run(cfg.teacher, 'teacher')
+        state = load_run(cfg, 'teacher')
         if 'model' not in state:
             raise Refusal(f'teacher={cfg.teacher} is a reward run, which writes no answers; name another')
         check_vocabulary(state, 'teacher', cfg.teacher, encoding)
@@ -63,10 +63,14 @@ class RunTeacher(nn.Module):
 class WrittenTeacher(nn.Module):
     """Completions made elsewhere: JSON lines of {"prompt" or "post_id", "completion"}; "ended": false = cut off."""
 
-    def __init__(self, cfg, encoding):
+    def __init__(self, cfg, encoding, groups):
         super().__init__()
         self.path, self.completions, problems = cfg.teacher, {}, {}
-        text = Path(cfg.teacher).read_bytes()
+        try:
+            text = Path(cfg.teacher).read_bytes()
+        except OSError as error:
+            raise Refusal(f'teacher={cfg.teacher} cannot be read ({error.strerror}); name a file of '
+                          'completions') from None
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
@@ -90,14 +94,20 @@ class WrittenTeacher(nn.Module):
         if problems:
             raise Refusal(f'{cfg.teacher} does not hold lines of {{"prompt" or "post_id", "completion"}}: ' + '; '.join(
                 f'line {number}: {what}' for what, number in problems.items()))
+        self.find([(id, encoding.decode(groups.piece(p).tolist())) for id, p in zip(groups.ids, groups.prompts)])
         # in the state, so that a resume notices another file
         self.register_buffer('sha256', torch.tensor(list(hashlib.sha256(text).digest()), dtype=torch.uint8))
 
     def answers(self, run, groups, iteration):
-        found = [self.completions.get(group.id, self.completions.get(text_of(run, group.prompt))) for group in groups]
+        return self.find([(group.id, text_of(run, group.prompt)) for group in groups])
+
+    def find(self, prompts):
+        """[(post's id, rendered prompt)] -> their completions; refuses where one is missing."""
+        found = [self.completions.get(id, self.completions.get(prompt)) for id, prompt in prompts]
         if missing := sum(answer is None for answer in found):
-            raise Refusal(f'{self.path} has no completion for {missing} of {len(found)} prompts, for example '
-                          f'{post_of(run, groups[found.index(None)].prompt)[:80]!r}; write one for each')
+            id, prompt = prompts[found.index(None)]
+            raise Refusal(f'{self.path} has no completion for {missing} of {len(found)} prompts, for example post '
+                          f'{id}, {prompt.removesuffix(SEPARATOR)[:80]!r}; write one for each')
         return found
 
 

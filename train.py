@@ -267,11 +267,12 @@ def check_resume(state, now):
     def differ(part):
         return [(k, was, now[part].get(k)) for k, was in state[part].items() if now[part].get(k) != was]
 
-    for name in ('method', 'init_from'):  # of preference.py; train.py has neither
-        there, here = (part['config'].get(name) for part in (state, now))
-        if there != here:
-            raise Refusal(f'cannot resume, the checkpoint is of another run: {name} {there} there, {here} here; choose '
-                          'another --out_dir')
+    # of preference.py, which train.py does not have: what tells a step's place in which iteration
+    for name in ('method', 'init_from', 'groups_per_iteration', 'groups_per_step', 'inner_epochs'):
+        there, here = (part['config'].get(name, 'none') for part in (state, now))
+        if there != here and (name != 'init_from' or Path(there) != Path(here)):
+            raise Refusal(f'cannot resume, the checkpoint is of another run: {name} {there} there, {here} here; ask '
+                          'for the same, or choose another --out_dir')
     for name, was in state.get('frozen', {}).items():  # of preference.py: a reward model or a teacher
         if now['frozen'].get(name) != was:
             raise Refusal(f'cannot resume, its {name} is another one now; put the old one back, or choose another '
@@ -310,10 +311,12 @@ class Metrics:
 
     def lines_before(self, step):
         lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             try:
                 event = json.loads(line)
             except ValueError:  # a writer was killed here
+                if number < len(lines):
+                    print(f'warning: {self.path} is damaged in line {number}; it and what follows are cut', flush=True)
                 return
             # an evaluation follows its checkpoint, so the one of this very step is made again
             if event['step'] < step or event['step'] == step and event['event'] == 'train':

@@ -33,7 +33,8 @@ SMALL = dict(dataset='small', source='rows', encoding='bytes', init_from='start'
              groups_per_step=4, inner_epochs=2, iterations=3, max_new_tokens=20, eval_interval=4, log_interval=1,
              eval_groups=12, eval_samples=6, warmup_iters=2, learning_rate=1e-3, device='cpu', margin_stop=0.0)
 METHODS = dict(dpo=dict(max_answers=3), spin=dict(opponents=2), distill=dict(teacher='teacher', reward_model='reward'),
-               reward=dict(reward_read='sum', sft_weight=0.3), ppo=dict(reward_model='reward', answers_per_prompt=4, moment_order=3))
+               reward=dict(reward_read='sum', sft_weight=0.3),
+               ppo=dict(reward_model='reward', answers_per_prompt=4, moment_order=3))
 
 
 @pytest.fixture(scope='module')
@@ -78,12 +79,13 @@ def a_run(tmp_path, method, **changes):
     data = prepare_shp.open_dataset(cfg)
     encoding = prepare_shp.encoding('bytes')
     start = answers.load_start(cfg, False, encoding)
-    trained, frozen = preference.METHODS[method].build(cfg, start, encoding)
+    trained, frozen = preference.METHODS[method].build(cfg, start, encoding, data.groups('train'))
     (tmp_path / 'run' / 'selves').mkdir(parents=True)
     save_checkpoint(tmp_path / 'run' / 'selves', dict(start, step=0), '0000.pt')
     groups = {split: data.groups(split) for split in ('train', 'val', 'test')}
-    return answers.Run(cfg, preference.METHODS[method], train.setup('cpu'), groups, encoding, trained, frozen, dict(trained), train.StopSignal(),
-                          selves={0: answers.weights_hash(start['model'])}), start
+    run = answers.Run(cfg, preference.METHODS[method], train.setup('cpu'), groups, encoding, trained, frozen,
+                      dict(trained), train.StopSignal(), selves={0: answers.weights_hash(start['model'])})
+    return run, start
 
 
 def share_of(batch, iteration=0, update=0):
@@ -335,7 +337,8 @@ def test_teachers_of_three_kinds(tmp_path, monkeypatch):
     batch, _ = preference.collect_distillation(run, 0)
     assert batch['generator'][0].tolist() == [answers.DATA, answers.TEACHER, 0]
     teacher = answers.make_gpt(load_checkpoint('teacher', 'best.pt'))
-    picked = answers.shorten(run, pick_groups(run.groups['train'], 0, 0, 8))
+    picked = pick_groups(run.groups['train'], 0, 0, 8)
+    assert len({group.id for group in picked}) == 8
     uniform = torch.from_numpy(np.random.default_rng((5, 0, 0, 2 ** 32)).random((8, 20), 'float32'))
     expected = teacher.generate([group.prompt for group in picked], 20, eot=256, uniform=uniform)
     assert [a for _, k, _, a in texts(batch) if k == 1] == expected
@@ -345,10 +348,12 @@ def test_teachers_of_three_kinds(tmp_path, monkeypatch):
     lines[0] = dict(prompt=answers.post_of(run, picked[0].prompt), completion='by prompt')
     lines[1]['ended'] = False
     lines[2] = dict(prompt_id=picked[2].id, completion='x' * 50)
-    lines = list({json.dumps({**line, 'completion': ''}): line for line in lines}.values())
+    others = {str(id) for id in run.groups['train'].ids} - {group.id for group in picked}
+    lines += [dict(post_id=id, completion='another') for id in others]
     path.write_text('\n'.join(map(json.dumps, lines)))
     def ask(teacher):
-        return teachers.open_teacher(replace(run.cfg, teacher=str(teacher)), run.encoding).answers(run, picked, 0)
+        cfg = replace(run.cfg, teacher=str(teacher))
+        return teachers.open_teacher(cfg, run.encoding, run.groups['train']).answers(run, picked, 0)
 
     drawn = ask(path)
     bytes_of = {group.id: bytes(answer[:-1] if answer[-1] == 256 else answer) for group, answer in zip(picked, drawn)}
@@ -404,18 +409,21 @@ def test_teachers_of_three_kinds(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('lines, words', [
-    (['', '{"prompt": "a"}'], 'line 2: completion is missing or null'), (['[1]', 'rubbish'], 'line 1: it is not a JSON'),
+    (['', '{"prompt": "a"}'], 'line 2: completion is missing or null'),
+    (['[1]', 'rubbish'], 'line 1: it is not a JSON object; line 2: it is not JSON'),
     (['{"post_id": "a", "completion": "x"}', '{"post_id": "a", "completion": "y"}'], 'line 2: its prompt has a'),
-    (['{"post_id": "a", "completion": " "}'], 'line 1: completion is empty'), (['[' * 200_000], 'line 1: it is not JSON'),
+    (['{"post_id": "a", "completion": " "}'], 'line 1: completion is empty'),
+    (['[' * 200_000], 'line 1: it is not JSON'),
     (['{"post_id": "a", "completion": "x", "ended": "no"}'], 'line 1: .* ended is neither true nor false'),
     (['{"post_id": "a", "completion": "' + 'x' * 300_000 + '"}'], 'is longer than 262144 characters'),
-    (['{"post_id": "stranger", "completion": "x"}'], 'has no completion for 8 of 8 prompts'),
+    (['{"post_id": "stranger", "completion": "x"}'], 'has no completion for .* prompts, for example post'),
     ([], 'has no completion')])
 def test_completions_that_do_not_fit_are_refused(tmp_path, lines, words):
     path = tmp_path / 'written.jsonl'
     path.write_text('\n'.join(lines))
     with pytest.raises(Refusal, match=words):
         preference.main(config(tmp_path / 'run', 'distill', teacher=str(path)))
+    assert not (tmp_path / 'run').exists()
 
 
 # PPO ----------------------------------------------------------------------------------------------------------------
@@ -764,8 +772,9 @@ def test_untied_heads_train_too(tmp_path):
     (dict(method='ppo', reward_model='start'), 'reward_model=start is no reward run'),
     (dict(method='distill', teacher=''), 'distill needs a teacher'),
     (dict(method='distill', teacher='out/nobody'), 'teacher=out/nobody holds no checkpoint'),
+    (dict(method='distill', teacher='typo.jsonl'), 'teacher=typo.jsonl cannot be read .No such file'),
     (dict(method='distill', teacher='reward'), 'teacher=reward is a reward run'),
-    (dict(method='distill', reward_model='short'), 'reward_model=short reads 40 tokens, and the policy writes up to 80'),
+    (dict(method='distill', reward_model='short'), 'reward_model=short reads 40 tokens, and the policy writes'),
     (dict(max_new_tokens=80), 'max_new_tokens=80 leave no room for a prompt'),
     (dict(dataset='nowhere'), 'data/nowhere is missing'),
     (dict(groups_per_iteration=0, groups_per_step=1000), 'rankings, fewer than groups_per_step=1000')])
@@ -788,9 +797,11 @@ def test_commands_in_refusals_name_the_config(tmp_path, monkeypatch):
     (tmp_path / 'config' / 'toy_reward.py').write_text('')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match='make one with: python train.py config/toy_start.py'):
-        answers.load_run('out/toy_start', 'init_from')
+        answers.load_run(preference.Config(), 'init_from')
     with pytest.raises(Refusal, match='make one with: python preference.py config/toy_reward.py'):
-        answers.load_run('out/toy_reward', 'reward_model')
+        answers.load_run(preference.Config(reward_model='out/toy_reward'), 'reward_model')
+    with pytest.raises(Refusal, match='with: python train.py --out_dir=out/mine --dataset=x --source=hub, or'):
+        answers.load_run(preference.Config(init_from='out/mine', dataset='x'), 'init_from')
 
 
 def test_resume_of_another_run_is_refused(tmp_path):
@@ -799,6 +810,8 @@ def test_resume_of_another_run_is_refused(tmp_path):
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     with pytest.raises(Refusal, match='another run: method dpo there, spin here'):
         preference.main(config(out, 'spin', resume=True))
+    with pytest.raises(Refusal, match='groups_per_step 4 there, 2 here; ask for the same'):
+        preference.main(config(out, resume=True, groups_per_step=2))
     with pytest.raises(Refusal, match='is not empty; add --resume=True'):
         preference.main(config(out))
     for option, where in (('init_from', 'start'), ('reward_model', 'reward'), ('teacher', 'teacher')):
@@ -806,7 +819,7 @@ def test_resume_of_another_run_is_refused(tmp_path):
             preference.main(config(where, 'distill', overwrite=True))
     with pytest.raises(Refusal, match='init_from and out_dir are both'):
         preference.main(config('start', init_from='start/best.pt', overwrite=True))
-    with pytest.raises(Refusal, match='another run: method dpo there, None here'):
+    with pytest.raises(Refusal, match='another run: method dpo there, none here'):
         train.main(train.Config(dataset='small', source='rows', encoding='bytes', out_dir=str(out), resume=True,
                                 n_layer=1, n_embd=32, block_size=80, device='cpu'))
     assert before == {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
@@ -840,6 +853,7 @@ def test_logged_log_probabilities_are_plain(tmp_path):
     (['--method=pdo'], "method='pdo' is not one of dpo, spin, distill, reward, ppo"),
     (['--moment_order=4'], 'kurtosis >= skewness^2 + 1'), (['--moments=1,1.5'], 'no distribution has moments'),
     (['--groups_per_iteration=10', '--groups_per_step=4'], 'is no multiple of groups_per_step=4'),
+    (['--gamma=1.5'], 'gamma=1.5 is above 1'), (['--moment_order=3', '--answers_per_prompt=3'], 'use 4 or more'),
     (['--max_answers=1'], 'leaves nothing to rank'), (['--opponent=2'], 'did you mean opponents?')])
 def test_wrong_options_exit_with_2_and_a_sentence(options, words):
     done = subprocess.run([sys.executable, str(ROOT / 'preference.py'), *options], capture_output=True, text=True)
