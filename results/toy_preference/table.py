@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-COLUMNS = ('rank_accuracy', 'true_quality', 'eot_rate', 'answer_length', 'kl', 'entropy', 'tokens', 'sampled_tokens',
-           'seconds')
-DIGITS = dict(answer_length=1, kl=2, tokens=0, sampled_tokens=0, seconds=0)
+COLUMNS = 'rank_accuracy', 'true_quality', 'eot_rate', 'answer_length', 'kl', 'entropy', 'tokens', 'sampled_tokens'
+DIGITS = dict(answer_length=1, kl=2, tokens=0, sampled_tokens=0)
 
 runs = {}
 for path in sys.argv[1:]:
@@ -30,7 +29,7 @@ print('true quality of ' + ', '.join(
     f'{name[13:]} {first[0][name]:.3f}' for name in first[0] if name.startswith('true_quality_')))
 print('| run | n | ' + ' | '.join(COLUMNS) + ' |\n' + '|---' * (len(COLUMNS) + 2) + '|')
 print(f'| start | {len(first)} | ' + ' | '.join(
-    cell([line[name] for line in first], DIGITS.get(name, 3)) for name in COLUMNS[1:6]).join(('| ', ' | | | |')))
+    cell([line[name] for line in first], DIGITS.get(name, 3)) for name in COLUMNS[1:6]).join(('| ', ' | | |')))
 for name, every in runs.items():
     last = [evals[-1] for evals in every]
     print(f'| {name} | {len(every)} | ' + ' | '.join(
