@@ -265,7 +265,7 @@ def weights_hash(weights):
     digest = hashlib.sha256()
     for name, w in sorted(weights.items()):
         digest.update(name.encode())
-        digest.update(w.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(w.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -36,6 +36,7 @@ for name, every in runs.items():
         cell([line.get(column) for line in last], DIGITS.get(column, 3)) for column in COLUMNS) + ' |')
 for name, every in runs.items():
     for extra in ('rank_ece', 'rank_loss', 'reward', 'quality_data', 'quality_teacher', 'quality_self',
-                  'quality_agrees', 'reward_data', 'reward_teacher', 'reward_self', 'reward_agrees', 'reward_quality_correlation'):
+                  'quality_agrees', 'reward_data', 'reward_teacher', 'reward_self', 'reward_agrees',
+                  'reward_quality_correlation'):
         if extra in every[0][-1]:
             print(f'{name}: {extra} {cell([evals[-1][extra] for evals in every], 3)}')
