@@ -516,8 +516,8 @@ def main(cfg):
                 lr, grad_norm = lr_at(run.step, cfg), updates.step(run.step + 1, save_state)
                 run.step += 1
                 tokens += share['tokens']
-                *stats_, interrupted, terminated = machine.sum([float(x) for x in stats.values()] + stop.flags())
-                stats = dict(zip(stats, stats_))
+                *sums, interrupted, terminated = machine.sum(torch.stack(list(stats.values())).tolist() + stop.flags())
+                stats = dict(zip(stats, sums))
                 facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
                 if run.step == 1:
                     machine.print(f'first update: {in_words(stats)}')
