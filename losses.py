@@ -101,7 +101,8 @@ def linear_taylor_loss(hidden, weight, targets, n, vocab_size=None, skip_below=0
 
     vocab_size: ids from here on are padding and have probability 0 (default: V, no padding).
     skip_below: rows with q^n < skip_below * (their chunk's largest q^n) get no gradient; 0 is exact.
-    Products run in the autocast dtype where autocast is on, else in hidden's; all else at least in float32.
+    Products run in the autocast dtype where autocast is on, else in hidden's, and so does the softmax (float16: in
+    float32); sums and the gradient of the weight are kept at least in float32.
     Raises ValueError if the shapes do not fit.
     """
     _check_shapes(hidden, weight, targets)
@@ -115,20 +116,20 @@ class _LinearTaylorLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, n, vocab_size, skip_below, chunk_rows, dtype):
         head = _Head(weight, vocab_size, chunk_rows, dtype)
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=head.exact)
-        sums = torch.zeros(3, dtype=head.exact, device=hidden.device)
-        for rows in (targets >= 0).nonzero()[:, 0].split(chunk_rows):
+        valid, probabilities = (targets >= 0).nonzero()[:, 0], []
+        for rows in valid.split(chunk_rows):
             h = hidden[rows].to(dtype)
-            others, log_p, q = head.softmax_of_others(h, targets[rows])
-            q_n = q ** n
-            sums += torch.stack([_taylor_value(log_p, q, n).sum(), -log_p.sum(), q_n.sum()])
+            error, p, q = head.softmax_error(h, targets[rows])
+            probabilities.append((p, q))
             if any(ctx.needs_input_grad):
-                slope = q_n * q
+                q_n = q ** n
                 if skip_below > 0:
                     keep = q_n >= skip_below * q_n.max()
-                    rows, h, others, slope = rows[keep], h[keep], others[keep], slope[keep]
-                head.add_gradients(grad_hidden, grad_weight, rows, h, others, slope)
+                    rows, h, error, q, q_n = rows[keep], h[keep], error[keep], q[keep], q_n[keep]
+                head.add_gradients(grad_hidden, grad_weight, rows, h, error, q, q_n)
+        log_p, q = head.log_prob(hidden, targets, valid, probabilities)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        loss, ce, weight_sum = (s.clone() for s in sums)
+        loss, ce, weight_sum = _taylor_value(log_p, q, n).sum(), -log_p.sum(), (q ** n).sum()
         ctx.mark_non_differentiable(ce, weight_sum)
         return loss, ce, weight_sum
 
@@ -157,9 +158,11 @@ class _LinearTokenLogProb(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets)
         ctx.args = vocab_size, chunk_rows, dtype
         head = _Head(weight, *ctx.args)
+        valid = (targets >= 0).nonzero()[:, 0]
+        probabilities = [head.softmax_error(hidden[rows].to(dtype), targets[rows])[1:]
+                         for rows in valid.split(chunk_rows)]
         result = torch.zeros(len(targets), dtype=head.exact, device=hidden.device)
-        for rows in (targets >= 0).nonzero()[:, 0].split(chunk_rows):
-            result[rows] = head.softmax_of_others(hidden[rows].to(dtype), targets[rows])[1]
+        result[valid] = head.log_prob(hidden, targets, valid, probabilities)[0]
         return result
 
     @staticmethod
@@ -171,8 +174,8 @@ class _LinearTokenLogProb(torch.autograd.Function):
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=head.exact)
         for rows in (targets >= 0).nonzero()[:, 0].split(chunk_rows):
             h = hidden[rows].to(dtype)
-            others, _, q = head.softmax_of_others(h, targets[rows])
-            head.add_gradients(grad_hidden, grad_weight, rows, h, others, -grad[rows] * q)
+            error, _, q = head.softmax_error(h, targets[rows])
+            head.add_gradients(grad_hidden, grad_weight, rows, h, error, q, -grad[rows])
         return grad_hidden, grad_weight.to(weight.dtype), *[None] * 4
 
 
@@ -180,43 +183,61 @@ class _Head:
     """The products of a linear head with a chunk of rows, in buffers that all chunks share."""
 
     def __init__(self, weight, vocab_size, chunk_rows, dtype):
-        self.weight, self.vocab_size = weight.to(dtype), vocab_size
+        self.weight, self.vocab_size, self.chunk_rows = weight.to(dtype), vocab_size, chunk_rows
         self.exact = torch.promote_types(dtype, torch.float32)
         self.logits = weight.new_empty(chunk_rows, len(weight), dtype=dtype)
-        self.others = self.logits if dtype == self.exact else torch.empty_like(self.logits, dtype=self.exact)
+        # float16 holds no probability of 1e-8: its softmax is made in float32
+        self.error = torch.empty_like(self.logits, dtype=self.exact) if dtype == torch.float16 else self.logits
+        self.product = None if dtype == self.exact else torch.empty_like(self.weight)
 
-    def softmax_of_others(self, h, targets):
-        """h (R, C), targets (R,) -> p_j / q over the tokens j that are not the target (R, V), log p (R,), q (R,).
+    def softmax_error(self, h, targets):
+        """h (R, C), targets (R,) -> softmax - onehot (R, V) in a buffer, p (R,) of the target, q (R,).
 
-        q is the sum of the OTHER probabilities, q = sigmoid(lse_others - z_target): 1 - p would lose all digits of
-        it where the model knows the token. With it the gradient is q^(n+1) (p_j / q), and -q^(n+1) at the target.
+        q is the sum of the OTHER probabilities: 1 - p would lose all digits of it where the model knows the token. It
+        stands at the target too, as -q. One pass of softmax in place is the only work at (R, V) size beside products.
         """
-        logits, others = self.logits[:len(h)], self.others[:len(h)]
+        logits, error, row = self.logits[:len(h)], self.error[:len(h)], torch.arange(len(h), device=h.device)
         torch.mm(h, self.weight.T, out=logits)
-        if others is not logits:
-            others.copy_(logits)
-        targets = targets[:, None]
-        z_target = others.gather(1, targets)[:, 0]
-        others.scatter_(1, targets, -torch.inf)[:, self.vocab_size:] = -torch.inf
-        top = others.amax(1)
-        torch.softmax(others, 1, out=others)
-        gap = top - others.amax(1).log() - z_target  # the log-odds against the target
-        others.scatter_(1, targets, -1.0)            # p_j / q - onehot, up to the factor q of both
-        if others is not logits:
-            logits.copy_(others)
-        return logits, F.logsigmoid(-gap), torch.sigmoid(gap)
+        if error is not logits:
+            error.copy_(logits)
+        error[:, self.vocab_size:] = -torch.inf
+        torch.softmax(error, 1, out=error)
+        p = error[row, targets].to(self.exact)
+        error[row, targets] = 0.0  # indexed, not scattered: on a CPU a scatter of R numbers costs more than the softmax
+        q = error.sum(1)
+        error[row, targets] = -q
+        return error, p, q.to(self.exact)
 
-    def add_gradients(self, grad_hidden, grad_weight, rows, h, others, slope):
-        """Gradients of sum(slope * (z_others - z_target)) averaged over the others; the slope enters at (R, C) size."""
+    def add_gradients(self, grad_hidden, grad_weight, rows, h, error, q, slope):
+        """Adds the gradients of sum(slope * -log p); the slope enters at (R, C) size."""
         if not len(rows):
             return
-        slope = slope[:, None]
-        grad_hidden[rows] = (others @ self.weight * slope).to(grad_hidden.dtype)
-        if h.dtype == self.exact:
-            grad_weight.addmm_(others.T, h * slope)
+        slope, scale = slope[:, None], 1.0
+        if h.dtype == torch.float16:  # it holds neither a small probability nor a small slope: divide both by their top
+            tiny = torch.finfo(self.exact).tiny
+            error, slope = (error / q.clamp(min=tiny)[:, None]).to(h.dtype), slope * q[:, None]
+            scale = slope.abs().amax().clamp(min=tiny)
+        grad_hidden[rows] = (error @ self.weight * slope).to(grad_hidden.dtype)
+        if self.product is None:
+            grad_weight.addmm_(error.T, h * slope)
         else:
-            top = slope.abs().amax().clamp(min=torch.finfo(slope.dtype).tiny)  # float16 holds no slope of 1e-8
-            grad_weight += (others.T @ (h * (slope / top)).to(h.dtype)).to(self.exact) * top
+            torch.mm(error.T, (h * (slope / scale)).to(h.dtype), out=self.product)
+            # a CPU adds bfloat16 to float32 by way of a copy, which by pieces stays in cache
+            size = max(1, 2 ** 18 // h.shape[1]) if h.device.type == 'cpu' else len(grad_weight)
+            for piece, product in zip(grad_weight.split(size), self.product.split(size)):
+                piece.add_(product if isinstance(scale, float) else product * scale)
+
+    def log_prob(self, hidden, targets, rows, probabilities):
+        """What softmax_error said of `rows`, chunk by chunk -> log p (M,), q (M,)."""
+        if not probabilities:
+            return hidden.new_zeros(2, 0, dtype=self.exact)
+        p, q = (torch.cat(parts) for parts in zip(*probabilities))
+        log_p = torch.where(q < 0.5, torch.log1p(-q), p.log())
+        # below the smallest number the logits still tell
+        for lost in (p < torch.finfo(p.dtype).tiny).nonzero()[:, 0].split(self.chunk_rows):
+            logits = hidden[rows[lost]].to(self.weight.dtype) @ self.weight[:self.vocab_size].T
+            log_p[lost] = token_log_prob(logits.to(self.exact), targets[rows[lost]])
+        return log_p, q
 
 
 def _check_shapes(hidden, weight, targets):
@@ -235,7 +256,7 @@ def _chunk_rows(hidden, weight):
     # few rows keep a chunk of logits in cache; a wide model needs more, for each chunk adds to the (V, C) gradient
     # once, and so does a small vocabulary, whose chunks would cost more in calls than in arithmetic
     (V, C), N = weight.shape, len(hidden)
-    return max(1, min(max(C, 128), 1024, N), min(2 ** 20 // V, N))
+    return max(1, min(N, max(128, min(8 * C // _product_dtype(hidden).itemsize, 1024), 2 ** 20 // V)))
 
 
 def _product_dtype(hidden):

@@ -159,7 +159,8 @@ def plain_head(hidden, weight, targets, n):
 
 
 @pytest.mark.parametrize('n', ORDERS)
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 8e-3),
+                                              (torch.float16, 1e-3)])
 @pytest.mark.parametrize('scale', [0.1, 3.0])
 def test_fused_head_equals_the_plain_one(n, dtype, tolerance, scale):
     hidden, weight, targets = head_case(dtype, scale)
@@ -174,7 +175,7 @@ def test_fused_head_equals_the_plain_one(n, dtype, tolerance, scale):
 
 
 @pytest.mark.parametrize('n', ORDERS)
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
 def test_known_tokens_keep_their_digits(n, dtype, tolerance):
     """One row at a time, q from 1e-4 to 1, value and gradient on the logits, relative to float64."""
     for q in torch.logspace(-4, -0.01, 15).tolist():
@@ -191,8 +192,9 @@ def test_known_tokens_keep_their_digits(n, dtype, tolerance):
         other = (exact.detach()[0, 1:] - exact.detach()[0, 1:].logsumexp(0)).exp()
         gradient = q_exact ** (n + 1) * torch.cat([-torch.ones(1), other])
         value = series(q_exact, n) if q_exact < .99 else taylor_loss(-F.softplus(odds), n)
-        assert relative_error(sums.loss, value) < 1e-5
-        assert relative_error(torch.autograd.grad(sums.loss, hidden)[0][0], gradient) < tolerance
+        # T_n ~ q^(n+1): its relative error is n + 1 times that of q
+        assert relative_error(sums.loss, value) < tolerance * (n + 1)
+        assert relative_error(torch.autograd.grad(sums.loss, hidden)[0][0], gradient) < tolerance * (n + 1)
 
 
 def test_autocast_runs_products_in_bfloat16_and_returns_float32_gradients():
@@ -215,6 +217,33 @@ def test_chunks_and_upstream_gradient_change_nothing():
     b = torch.autograd.grad(parts.loss * 3, (hidden, weight))
     for x, y in zip(a, b):
         torch.testing.assert_close(3 * x, y)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+def test_a_probability_below_the_smallest_number_keeps_its_logarithm(dtype, tolerance):
+    """One row where the target is 300 nats below the best token, beside one that is known."""
+    hidden = torch.tensor([[150.0], [-150.0]], dtype=dtype).requires_grad_()
+    weight = torch.tensor([[1.0], [-1.0], [0.5]], dtype=dtype).requires_grad_()
+    targets = torch.tensor([1, 1])
+    log_p = linear_token_log_prob(hidden, weight, targets)
+    assert relative_error(log_p, torch.tensor([-300.0, 0.0])) < tolerance
+    sums = linear_taylor_loss(hidden, weight, targets, 1)
+    assert relative_error(sums.loss, torch.tensor(299.0)) < tolerance
+    for output in (log_p.sum(), -sums.loss):
+        grad, = torch.autograd.grad(output, hidden)
+        assert relative_error(grad[:, 0], torch.tensor([-2.0, 0.0])) < tolerance
+
+
+def test_the_head_under_torch_compile():
+    hidden, weight, targets = head_case(torch.float32)
+
+    def both(hidden, weight):
+        return (linear_taylor_loss(hidden, weight, targets, 2, V, chunk_rows=8).loss
+                + linear_token_log_prob(hidden, weight, targets, V, chunk_rows=8).sum())
+    compiled = torch.compile(both, backend='aot_eager')
+    for a, b in zip(torch.autograd.grad(both(hidden, weight), (hidden, weight)),
+                    torch.autograd.grad(compiled(hidden, weight), (hidden, weight))):
+        torch.testing.assert_close(a, b)
 
 
 def test_no_valid_row_is_a_loss_of_zero_with_gradients_of_zero():
@@ -258,7 +287,8 @@ def test_only_the_loss_carries_gradient_and_only_once():
         sums.loss.backward()
 
 
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 8e-3),
+                                              (torch.float16, 1e-3)])
 def test_linear_token_log_prob_for_any_upstream_gradient(dtype, tolerance):
     hidden, weight, targets = head_case(dtype)
     upstream = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -267,7 +297,7 @@ def test_linear_token_log_prob_for_any_upstream_gradient(dtype, tolerance):
     logits = (h @ w.T)[:, :V]
     rounded = (hidden.detach() @ weight.detach().T)[:, :V].double()
     plain = token_log_prob(logits + (rounded - logits).detach(), targets)
-    assert relative_error(ours, plain) < 1e-5 and ours[targets < 0].eq(0).all()
+    assert relative_error(ours, plain) < tolerance and ours[targets < 0].eq(0).all()
     for a, b in zip(torch.autograd.grad(ours, (hidden, weight), upstream.to(ours.dtype)),
                     torch.autograd.grad(plain, (h, w), upstream)):
         assert relative_error(a, b) < tolerance
