@@ -311,6 +311,8 @@ def take_turns(machine, calls, repeats):
 def extra_memory(cfg, machine, part, size, name):
     """MiB that a contender needs at its peak beyond the part's inputs; runs in a process of its own."""
     torch.manual_seed(0)
+    # libraries load their own pages at first use
+    step(replace(cfg, batch_size=1, block_size=8), machine, cfg.n_head)['train.py T_2, bfloat16']()()
     contenders = PARTS[part][0](cfg, machine, size)
     before = memory(machine)
     call = contenders[name]()

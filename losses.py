@@ -115,7 +115,7 @@ class _LinearTaylorLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, n, vocab_size, skip_below, chunk_rows, dtype):
         head = _Head(weight, vocab_size, chunk_rows, dtype)
-        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=head.exact)
+        grad_hidden = torch.zeros_like(hidden)
         valid, probabilities = (targets >= 0).nonzero()[:, 0], []
         for rows in valid.split(chunk_rows):
             h = hidden[rows].to(dtype)
@@ -126,9 +126,9 @@ class _LinearTaylorLoss(torch.autograd.Function):
                 if skip_below > 0:
                     keep = q_n >= skip_below * q_n.max()
                     rows, h, error, q, q_n = rows[keep], h[keep], error[keep], q[keep], q_n[keep]
-                head.add_gradients(grad_hidden, grad_weight, rows, h, error, q, q_n)
+                head.add_gradients(grad_hidden, rows, h, error, q, q_n)
         log_p, q = head.log_prob(hidden, targets, valid, probabilities)
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, head.grad_of(weight))
         loss, ce, weight_sum = _taylor_value(log_p, q, n).sum(), -log_p.sum(), (q ** n).sum()
         ctx.mark_non_differentiable(ce, weight_sum)
         return loss, ce, weight_sum
@@ -171,12 +171,12 @@ class _LinearTokenLogProb(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         vocab_size, chunk_rows, dtype = ctx.args
         head = _Head(weight, *ctx.args)
-        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=head.exact)
+        grad_hidden = torch.zeros_like(hidden)
         for rows in (targets >= 0).nonzero()[:, 0].split(chunk_rows):
             h = hidden[rows].to(dtype)
             error, _, q = head.softmax_error(h, targets[rows])
-            head.add_gradients(grad_hidden, grad_weight, rows, h, error, q, -grad[rows])
-        return grad_hidden, grad_weight.to(weight.dtype), *[None] * 4
+            head.add_gradients(grad_hidden, rows, h, error, q, -grad[rows])
+        return grad_hidden, head.grad_of(weight), *[None] * 4
 
 
 class _Head:
@@ -188,7 +188,7 @@ class _Head:
         self.logits = weight.new_empty(chunk_rows, len(weight), dtype=dtype)
         # float16 holds no probability of 1e-8: its softmax is made in float32
         self.error = torch.empty_like(self.logits, dtype=self.exact) if dtype == torch.float16 else self.logits
-        self.product = None if dtype == self.exact else torch.empty_like(self.weight)
+        self.grad_weight = None  # the sum over chunks
 
     def softmax_error(self, h, targets):
         """h (R, C), targets (R,) -> softmax - onehot (R, V) in a buffer, p (R,) of the target, q (R,).
@@ -208,24 +208,28 @@ class _Head:
         error[row, targets] = -q
         return error, p, q.to(self.exact)
 
-    def add_gradients(self, grad_hidden, grad_weight, rows, h, error, q, slope):
+    def add_gradients(self, grad_hidden, rows, h, error, q, slope):
         """Adds the gradients of sum(slope * -log p); the slope enters at (R, C) size."""
         if not len(rows):
             return
-        slope, scale = slope[:, None], 1.0
+        slope, scale = slope[:, None], None
         if h.dtype == torch.float16:  # it holds neither a small probability nor a small slope: divide both by their top
             tiny = torch.finfo(self.exact).tiny
             error, slope = (error / q.clamp(min=tiny)[:, None]).to(h.dtype), slope * q[:, None]
             scale = slope.abs().amax().clamp(min=tiny)
         grad_hidden[rows] = (error @ self.weight * slope).to(grad_hidden.dtype)
-        if self.product is None:
-            grad_weight.addmm_(error.T, h * slope)
-        else:
-            torch.mm(error.T, (h * (slope / scale)).to(h.dtype), out=self.product)
-            # a CPU adds bfloat16 to float32 by way of a copy, which by pieces stays in cache
-            size = max(1, 2 ** 18 // h.shape[1]) if h.device.type == 'cpu' else len(grad_weight)
-            for piece, product in zip(grad_weight.split(size), self.product.split(size)):
-                piece.add_(product if isinstance(scale, float) else product * scale)
+        h = (h * (slope if scale is None else slope / scale)).to(h.dtype)
+        first = self.grad_weight is None
+        if first:
+            self.grad_weight = torch.empty_like(self.weight, dtype=self.exact)
+        # by pieces of the vocabulary, so that on a CPU a product is added while it is in cache
+        size = 4096 if h.device.type == 'cpu' else len(self.weight)
+        for total, part in zip(self.grad_weight.split(size), error.T.split(size)):
+            product = part @ h if scale is None else (part @ h) * scale
+            total.copy_(product) if first else total.add_(product)
+
+    def grad_of(self, weight):
+        return torch.zeros_like(weight) if self.grad_weight is None else self.grad_weight.to(weight.dtype)
 
     def log_prob(self, hidden, targets, rows, probabilities):
         """What softmax_error said of `rows`, chunk by chunk -> log p (M,), q (M,)."""
