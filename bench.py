@@ -33,14 +33,13 @@ import prepare_shp
 import toy_shp
 from answers import answer_log_prob, token_log_prob
 from configurator import Refusal, at_least, run
-from losses import linear_taylor_loss, linear_token_log_prob, plackett_luce_loss
+from losses import chunk_rows_for, linear_taylor_loss, linear_token_log_prob, plackett_luce_loss
 from model import GPT, GPTConfig
 from train import (DEVICES, Config as TrainConfig, Machine, Updates, matmul_peak, peak_memory, setup, synchronize,
                    write_whole)
 
-VOCABULARY = 50257            # of gpt2; the heads' weights are padded
-BF16 = torch.bfloat16
-F32 = torch.float32
+VOCABULARY = 50257  # of gpt2; the heads' weights are padded
+F32, BF16 = torch.float32, torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,9 @@ def head(cfg, machine, n_embd, rows=4096, vocabulary=VOCABULARY):
         def call():
             h.grad = w.grad = None
             with autocast(machine, dtype):
-                loss(h, w).backward()
+                value = loss(h, w)
+            value.backward()
+            return value
         return call
 
     def cross_entropy(h, w):
@@ -185,7 +186,7 @@ def step(cfg, machine, n_embd):
 
 
 def preference(cfg, machine, K, prompt=256, answer=64):
-    """A Plackett-Luce DPO step of one prompt and K answers, 6 layers of 384 channels, forward and backward."""
+    """Plackett-Luce DPO on one prompt of 256 tokens with answers of 64, 6 layers x 384, forward and backward."""
     gpt = GPT(GPTConfig(VOCABULARY, prompt + answer, 6, 6, 384)).to(machine.device)
     ids = torch.randint(VOCABULARY, (prompt + K * answer,)).tolist()
     group = prepare_shp.Group(0, '', ids[:prompt], [ids[i:i + answer] for i in range(prompt, len(ids), answer)])
@@ -212,7 +213,9 @@ def preference(cfg, machine, K, prompt=256, answer=64):
             bench_run.machine = machine._replace(dtype=dtype)
             with autocast(machine, dtype):
                 scores = log_p()
-            plackett_luce_loss(0.1 * scores).sum().backward()
+            loss = plackett_luce_loss(0.1 * scores).sum()
+            loss.backward()
+            return loss
         return call
 
     return {'padded copies, all logits, float32': lambda: padded(F32),
@@ -228,7 +231,7 @@ class BenchRun:
 
 
 def generate(cfg, machine, batch, prompt=64, new=128):
-    """Sampling 128 tokens after prompts of 64, 4 layers of 256 channels."""
+    """Samples of 128 tokens after prompts of 64, 4 layers of 256 channels."""
     gpt = GPT(GPTConfig(VOCABULARY, prompt + new, 4, 4, 256)).to(machine.device).eval()
     prompts = torch.randint(VOCABULARY, (batch, prompt))
 
@@ -238,19 +241,21 @@ def generate(cfg, machine, batch, prompt=64, new=128):
         for _ in range(new):
             p = gpt.logits(gpt(idx)[:, -1]).softmax(-1)
             idx = torch.cat([idx, torch.multinomial(p, 1)], 1)
+        return idx
 
     def ours(dtype):
         def call():
             with autocast(machine, dtype):
-                gpt.generate(prompts.tolist(), new)
+                return gpt.generate(prompts.tolist(), new)
         return call
 
     def hugging_face(dtype):
         from transformers import GPT2Config, GPT2LMHeadModel
-        theirs = GPT2LMHeadModel(GPT2Config(VOCABULARY, prompt + new, 256, 4, 4)).to(machine.device, dtype).eval()
+        config = GPT2Config(vocab_size=VOCABULARY, n_positions=prompt + new, n_embd=256, n_layer=4, n_head=4)
+        theirs = GPT2LMHeadModel(config).to(machine.device, dtype).eval()
         idx = prompts.to(machine.device)
-        return lambda: theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=True, top_k=0, pad_token_id=0,
-                                       max_new_tokens=new, min_new_tokens=new)
+        return lambda: theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=True, top_k=0,
+                                       pad_token_id=0, max_new_tokens=new, min_new_tokens=new)
 
     contenders = {'no cache (nanoGPT-like), float32': lambda: uncached}
     if importlib.util.find_spec('transformers'):
@@ -346,11 +351,30 @@ def compare(cfg, machine, part, size):
     seconds = take_turns(machine, {name: make() for name, make in contenders.items()}, cfg.repeats)
     first, rows = next(iter(seconds.values())), []
     for name, times in seconds.items():
-        mib = in_own_process(extra_memory, cfg, machine, part, size, name) if cfg.memory and part != 'tokenise' else math.nan
+        wanted = cfg.memory and part != 'tokenise'
+        mib = in_own_process(extra_memory, cfg, machine, part, size, name) if wanted else math.nan
         rows.append(dict(part=part, size=size, name=name, median_ms=1e3 * median(times), min_ms=1e3 * min(times),
                          times=median(a / b for a, b in zip(first, times)), mib=mib))
         print('{name:<52}{median_ms:>11.1f}{min_ms:>10.1f}{times:>8.2f}{mib:>9.0f}'.format(**rows[-1]), flush=True)
+    if part == 'step':
+        print(f'predicted for train.py: {predicted_memory(cfg, size, F32):.0f} MiB in float32, '
+              f'{predicted_memory(cfg, size, BF16):.0f} in bfloat16', flush=True)
     return rows
+
+
+def predicted_memory(cfg, n_embd, dtype):
+    """MiB of a training step: 16 P + 4 V C + R V b + 70 L B T C bytes.
+
+    Weights, gradients and AdamW's two moments of P parameters; the gradient that tied weights have once more, as an
+    embedding; a chunk of R rows of logits at b bytes; what L layers keep for the backward pass.
+    """
+    config = GPTConfig(VOCABULARY, cfg.block_size, cfg.n_layer, cfg.n_head, n_embd)
+    with torch.device('meta'):
+        parameters = sum(p.numel() for p in GPT(config).parameters())
+        tokens, V = cfg.batch_size * cfg.block_size, config.padded_vocab_size
+        rows = chunk_rows_for(torch.empty(tokens, n_embd), torch.empty(V, n_embd), dtype)
+    return (16 * parameters + 4 * V * n_embd + rows * V * dtype.itemsize
+            + 70 * cfg.n_layer * tokens * n_embd) / 2 ** 20
 
 
 # Scaling and ranks ----------------------------------------------------------------------------------------------------

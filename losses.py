@@ -106,8 +106,8 @@ def linear_taylor_loss(hidden, weight, targets, n, vocab_size=None, skip_below=0
     Raises ValueError if the shapes do not fit.
     """
     _check_shapes(hidden, weight, targets)
-    args = (_order(n), vocab_size or len(weight), skip_below, chunk_rows or _chunk_rows(hidden, weight),
-            _product_dtype(hidden))
+    dtype = _product_dtype(hidden)
+    args = (_order(n), vocab_size or len(weight), skip_below, chunk_rows or chunk_rows_for(hidden, weight, dtype), dtype)
     return TaylorSums(*_LinearTaylorLoss.apply(hidden, weight, targets, *args), int((targets >= 0).sum()))
 
 
@@ -116,10 +116,8 @@ class _LinearTaylorLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, n, vocab_size, skip_below, chunk_rows, dtype):
         head = _Head(weight, vocab_size, chunk_rows, dtype)
         grad_hidden = torch.zeros_like(hidden)
-        valid, probabilities = (targets >= 0).nonzero()[:, 0], []
-        for rows in valid.split(chunk_rows):
-            h = hidden[rows].to(dtype)
-            error, p, q = head.softmax_error(h, targets[rows])
+        probabilities = []
+        for rows, h, error, p, q in head.chunks(hidden, targets):
             probabilities.append((p, q))
             if any(ctx.needs_input_grad):
                 q_n = q ** n
@@ -127,7 +125,7 @@ class _LinearTaylorLoss(torch.autograd.Function):
                     keep = q_n >= skip_below * q_n.max()
                     rows, h, error, q, q_n = rows[keep], h[keep], error[keep], q[keep], q_n[keep]
                 head.add_gradients(grad_hidden, rows, h, error, q, q_n)
-        log_p, q = head.log_prob(hidden, targets, valid, probabilities)
+        log_p, q = head.log_prob(hidden, targets, probabilities)
         ctx.save_for_backward(grad_hidden, head.grad_of(weight))
         loss, ce, weight_sum = _taylor_value(log_p, q, n).sum(), -log_p.sum(), (q ** n).sum()
         ctx.mark_non_differentiable(ce, weight_sum)
@@ -145,10 +143,11 @@ def linear_token_log_prob(hidden, weight, targets, vocab_size=None, chunk_rows=N
     """Head and log p(target) in one pass: hidden (N, C), weight (V, C), targets (N,) -> (N,); 0 where the target is -1.
 
     Differentiable for any upstream gradient: that comes later than the logits, so the backward pass makes each chunk
-    again (four matrix products). Options and errors as in `linear_taylor_loss`.
+    again (four matrix products), except a single one, which is kept. Options and errors as in `linear_taylor_loss`.
     """
     _check_shapes(hidden, weight, targets)
-    args = vocab_size or len(weight), chunk_rows or _chunk_rows(hidden, weight), _product_dtype(hidden)
+    dtype = _product_dtype(hidden)
+    args = vocab_size or len(weight), chunk_rows or chunk_rows_for(hidden, weight, dtype), dtype
     return _LinearTokenLogProb.apply(hidden, weight, targets, *args)
 
 
@@ -158,23 +157,26 @@ class _LinearTokenLogProb(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets)
         ctx.args = vocab_size, chunk_rows, dtype
         head = _Head(weight, *ctx.args)
-        valid = (targets >= 0).nonzero()[:, 0]
-        probabilities = [head.softmax_error(hidden[rows].to(dtype), targets[rows])[1:]
-                         for rows in valid.split(chunk_rows)]
+        probabilities = []
+        for chunk in head.chunks(hidden, targets):
+            probabilities.append(chunk[-2:])
+        ctx.kept = (head, chunk) if len(probabilities) == 1 and any(ctx.needs_input_grad) else None
         result = torch.zeros(len(targets), dtype=head.exact, device=hidden.device)
-        result[valid] = head.log_prob(hidden, targets, valid, probabilities)[0]
+        result[targets >= 0] = head.log_prob(hidden, targets, probabilities)[0]
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         hidden, weight, targets = ctx.saved_tensors
-        vocab_size, chunk_rows, dtype = ctx.args
-        head = _Head(weight, *ctx.args)
+        if ctx.kept is None:
+            head = _Head(weight, *ctx.args)
+            chunks = head.chunks(hidden, targets)
+        else:
+            head, chunks = ctx.kept[0], ctx.kept[1:]
+            head.grad_weight = None  # of an earlier backward pass through the same graph
         grad_hidden = torch.zeros_like(hidden)
-        for rows in (targets >= 0).nonzero()[:, 0].split(chunk_rows):
-            h = hidden[rows].to(dtype)
-            error, _, q = head.softmax_error(h, targets[rows])
+        for rows, h, error, _, q in chunks:
             head.add_gradients(grad_hidden, rows, h, error, q, -grad[rows])
         return grad_hidden, head.grad_of(weight), *[None] * 4
 
@@ -190,23 +192,25 @@ class _Head:
         self.error = torch.empty_like(self.logits, dtype=self.exact) if dtype == torch.float16 else self.logits
         self.grad_weight = None  # the sum over chunks
 
-    def softmax_error(self, h, targets):
-        """h (R, C), targets (R,) -> softmax - onehot (R, V) in a buffer, p (R,) of the target, q (R,).
+    def chunks(self, hidden, targets):
+        """Yields rows (R,) with a target, h (R, C), softmax - onehot (R, V), p (R,) of the target, q (R,).
 
         q is the sum of the OTHER probabilities: 1 - p would lose all digits of it where the model knows the token. It
         stands at the target too, as -q. One pass of softmax in place is the only work at (R, V) size beside products.
         """
-        logits, error, row = self.logits[:len(h)], self.error[:len(h)], torch.arange(len(h), device=h.device)
-        torch.mm(h, self.weight.T, out=logits)
-        if error is not logits:
-            error.copy_(logits)
-        error[:, self.vocab_size:] = -torch.inf
-        torch.softmax(error, 1, out=error)
-        p = error[row, targets].to(self.exact)
-        error[row, targets] = 0.0  # indexed, not scattered: on a CPU a scatter of R numbers costs more than the softmax
-        q = error.sum(1)
-        error[row, targets] = -q
-        return error, p, q.to(self.exact)
+        for rows in (targets >= 0).nonzero()[:, 0].split(self.chunk_rows):
+            h, logits, error = hidden[rows].to(self.weight.dtype), self.logits[:len(rows)], self.error[:len(rows)]
+            at_target = torch.arange(len(rows), device=rows.device), targets[rows]
+            torch.mm(h, self.weight.T, out=logits)
+            if self.error is not self.logits:
+                error.copy_(logits)
+            error[:, self.vocab_size:] = -torch.inf
+            torch.softmax(error, 1, out=error)
+            p = error[at_target].to(self.exact)
+            error[at_target] = 0.0  # not by scatter_, which on a CPU takes longer than the softmax
+            q = error.sum(1)
+            error[at_target] = -q
+            yield rows, h, error, p, q.to(self.exact)
 
     def add_gradients(self, grad_hidden, rows, h, error, q, slope):
         """Adds the gradients of sum(slope * -log p); the slope enters at (R, C) size."""
@@ -231,10 +235,11 @@ class _Head:
     def grad_of(self, weight):
         return torch.zeros_like(weight) if self.grad_weight is None else self.grad_weight.to(weight.dtype)
 
-    def log_prob(self, hidden, targets, rows, probabilities):
-        """What softmax_error said of `rows`, chunk by chunk -> log p (M,), q (M,)."""
+    def log_prob(self, hidden, targets, probabilities):
+        """[(p, q) of each chunk] -> log p (M,), q (M,) of the rows with a target."""
         if not probabilities:
             return hidden.new_zeros(2, 0, dtype=self.exact)
+        rows = (targets >= 0).nonzero()[:, 0]
         p, q = (torch.cat(parts) for parts in zip(*probabilities))
         log_p = torch.where(q < 0.5, torch.log1p(-q), p.log())
         # below the smallest number the logits still tell
@@ -256,11 +261,11 @@ def _order(n):
     return n
 
 
-def _chunk_rows(hidden, weight):
+def chunk_rows_for(hidden, weight, dtype):
     # few rows keep a chunk of logits in cache; a wide model needs more, for each chunk adds to the (V, C) gradient
     # once, and so does a small vocabulary, whose chunks would cost more in calls than in arithmetic
     (V, C), N = weight.shape, len(hidden)
-    return max(1, min(N, max(128, min(8 * C // _product_dtype(hidden).itemsize, 1024), 2 ** 20 // V)))
+    return max(1, min(N, max(128, min(8 * C // dtype.itemsize, 1024), 2 ** 20 // V)))
 
 
 def _product_dtype(hidden):

@@ -46,16 +46,17 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens of each row
         self.longest = 0                                                        # their maximum, known without a sync
+        self.rows = torch.arange(batch_size, device=device)[:, None]
 
     def write(self, layer, k, v, positions):
         """k, v (B, n_head, T, D) at positions (B, T) -> all keys and values up to the longest row."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        self.k[layer][self.rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer][self.rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer, :, :, :self.longest].to(k.dtype), self.v[layer, :, :, :self.longest].to(v.dtype)
 
     def keep_rows(self, rows):
         self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
+        self.rows = self.rows[:len(rows)]
 
 
 class Attention(nn.Module):
@@ -140,7 +141,7 @@ class GPT(nn.Module):
         logits[..., self.config.vocab_size:] = -torch.inf
         return logits
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, eot=None, uniform=None,
                  transform=None, on_token=None):
         """Continues each prompt, a list of token ids; their lengths may differ. Returns the lists of new ids.
@@ -225,14 +226,27 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0):
     """Inverse-CDF sampling: logits (B, V), uniform (B,) in [0, 1) -> ids (B,). An id with logit -inf never comes."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits if temperature == 1 else logits / temperature
     if top_k and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    cdf = logits.softmax(-1).cumsum(-1)
-    total = cdf[:, -1:]
-    # strictly below the total, so that a later id of probability 0 is out of reach even after rounding
-    u = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, u, right=True)[:, 0]
+    # in two steps, first a block of ids, then one of them, since a cumulative sum over all would cost as much as a head
+    p = logits.softmax(-1)
+    if p.shape[-1] % 64:
+        p = F.pad(p, (0, -p.shape[-1] % 64))
+    p = p.unflatten(-1, (-1, 64))
+    block, rest = _draw(p.sum(-1), uniform)
+    id, _ = _draw(p[torch.arange(len(p), device=p.device), block], rest)
+    return block * 64 + id
+
+
+def _draw(p, u):
+    """p (B, M) >= 0, u (B,) below its sum -> the i (B,) whose cumulative sum first passes u, and u less the sum before.
+    """
+    cdf = p.cumsum(-1)
+    # strictly below the total, so that a later entry of 0 is out of reach even after rounding
+    u = torch.minimum(u, torch.nextafter(cdf[:, -1], torch.zeros_like(u)))
+    i = torch.searchsorted(cdf, u[:, None], right=True)
+    return i[:, 0], (u - F.pad(cdf, (1, 0)).gather(1, i)[:, 0]).clamp(min=0)
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------

@@ -289,18 +289,20 @@ def test_only_the_loss_carries_gradient_and_only_once():
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 8e-3),
                                               (torch.float16, 1e-3)])
-def test_linear_token_log_prob_for_any_upstream_gradient(dtype, tolerance):
+@pytest.mark.parametrize('chunk_rows', [8, N])  # made again for the backward pass, kept for it
+def test_linear_token_log_prob_for_any_upstream_gradient(dtype, tolerance, chunk_rows):
     hidden, weight, targets = head_case(dtype)
     upstream = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ours = linear_token_log_prob(hidden, weight, targets, V, chunk_rows=8)
+    ours = linear_token_log_prob(hidden, weight, targets, V, chunk_rows=chunk_rows)
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     logits = (h @ w.T)[:, :V]
     rounded = (hidden.detach() @ weight.detach().T)[:, :V].double()
     plain = token_log_prob(logits + (rounded - logits).detach(), targets)
     assert relative_error(ours, plain) < tolerance and ours[targets < 0].eq(0).all()
-    for a, b in zip(torch.autograd.grad(ours, (hidden, weight), upstream.to(ours.dtype)),
-                    torch.autograd.grad(plain, (h, w), upstream)):
-        assert relative_error(a, b) < tolerance
+    exact = torch.autograd.grad(plain, (h, w), upstream)
+    for _ in range(2):  # a second backward pass through the same graph gives the same
+        for a, b in zip(torch.autograd.grad(ours, (hidden, weight), upstream.to(ours.dtype), retain_graph=True), exact):
+            assert relative_error(a, b) < tolerance
 
 
 def test_shapes_that_do_not_fit_are_refused():
