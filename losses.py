@@ -100,7 +100,8 @@ def linear_taylor_loss(hidden, weight, targets, n, vocab_size=None, skip_below=0
     backward pass only scales them. Divide `loss` by the count of the whole step, over all ranks and micro-batches.
 
     vocab_size: ids from here on are padding and have probability 0 (default: V, no padding).
-    skip_below: rows with q^n < skip_below * (their chunk's largest q^n) get no gradient; 0 is exact.
+    skip_below: rows with q^n < skip_below * (their chunk's largest q^n) get no gradient, except for up to 31 a chunk
+    that cost nothing; 0 is exact.
     Products run in the autocast dtype where autocast is on, else in hidden's, and so does the softmax (float16: in
     float32); sums and the gradient of the weight are kept at least in float32.
     Raises ValueError if the shapes do not fit.
@@ -122,8 +123,8 @@ class _LinearTaylorLoss(torch.autograd.Function):
             if any(ctx.needs_input_grad):
                 q_n = q ** n
                 if skip_below > 0:
-                    keep = q_n >= skip_below * q_n.max()
-                    rows, h, error, q, q_n = rows[keep], h[keep], error[keep], q[keep], q_n[keep]
+                    front, error = _largest_to_front(q_n, skip_below, error)
+                    rows, h, q, q_n = rows[front], h[front], q[front], q_n[front]
                 head.add_gradients(grad_hidden, rows, h, error, q, q_n)
         log_p, q = head.log_prob(hidden, targets, probabilities)
         ctx.save_for_backward(grad_hidden, head.grad_of(weight))
@@ -137,6 +138,22 @@ class _LinearTaylorLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         # in place: a second backward is an error of autograd, not a wrong number
         return grad_hidden.mul_(grad), grad_weight.mul_(grad), *[None] * 6
+
+
+def _largest_to_front(weights, share, error):
+    """Drops the rows of error (R, V) whose weight is below `share` of the largest -> which rows stay, and they.
+
+    In place: kept rows from behind move to where dropped ones were. Their number is a multiple of 32, since matrix
+    products of ever new shapes are slow.
+    """
+    count = int((weights >= share * weights.max()).sum())
+    count = min(len(weights), -(-count // 32) * 32)
+    kept = torch.zeros_like(weights, dtype=torch.bool)
+    kept[weights.topk(count).indices] = True
+    front, free = torch.arange(count, device=weights.device), ~kept[:count]
+    front[free] = kept[count:].nonzero()[:, 0] + count
+    error[:count][free] = error[front[free]]
+    return front, error[:count]
 
 
 def linear_token_log_prob(hidden, weight, targets, vocab_size=None, chunk_rows=None):
