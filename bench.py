@@ -6,12 +6,14 @@
     python bench.py --parts=step --n_layer=12 --n_head=12 --n_embd=768 --batch_size=12 --block_size=1024   # GPT-2 124M
 
 The contenders of a table take turns, `repeats` times after a warm-up: `times` is the median over rounds of the first
-one's seconds divided by this one's. `MiB` is the peak memory beyond the inputs, each contender in a process of its own
-(what torch.compile itself holds included). A floor is what no implementation of these products can undercut here.
+one's seconds divided by this one's. `MiB` is the peak memory beyond the inputs, each contender in a process of its own,
+weights of its model and what torch.compile holds included. A floor is the bare products of a head in bfloat16, chunk by
+chunk as torch's own library makes them here, without and with one softmax over the logits.
 """
+import gc
 import importlib.util
+import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -21,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -35,7 +38,7 @@ from answers import answer_log_prob, token_log_prob
 from configurator import Refusal, at_least, run
 from losses import chunk_rows_for, linear_taylor_loss, linear_token_log_prob, plackett_luce_loss
 from model import GPT, GPTConfig
-from train import (DEVICES, Config as TrainConfig, Machine, Updates, matmul_peak, peak_memory, setup, synchronize,
+from train import (DEVICES, Config as TrainConfig, Updates, matmul_peak, peak_memory, setup, synchronize,
                    write_whole)
 
 VOCABULARY = 50257  # of gpt2; the heads' weights are padded
@@ -53,7 +56,7 @@ class Config:
     repeats: int = 5                      # rounds of turns
     memory: bool = True                   # measure it, which doubles the time
     device: str = 'auto'                  # cpu, cuda or mps; auto = the best there is
-    out_dir: str = 'out/bench'            # bench.json and scaling.png go here
+    out_dir: str = 'out/bench'            # bench.jsonl and scaling.png go here
 
     def check(self):
         for part in self.parts:
@@ -78,7 +81,7 @@ def head(cfg, machine, n_embd, rows=4096, vocabulary=VOCABULARY):
     targets = torch.randint(vocabulary, (rows,), device=machine.device)
 
     def layer(loss, dtype, compile=False):
-        loss = torch.compile(loss) if compile else loss
+        loss = torch.compile(loss, dynamic=False) if compile else loss
         h, w = (x.clone().requires_grad_() for x in (hidden, weight))
 
         def call():
@@ -101,7 +104,7 @@ def head(cfg, machine, n_embd, rows=4096, vocabulary=VOCABULARY):
 
     def floor(softmax):
         h, w = hidden.to(BF16), weight.to(BF16)
-        size = min(rows, max(256, n_embd))
+        size = min(rows, max(256, n_embd))  # as fast as any here
         chunk, product = h.new_empty(size, padded), torch.empty_like(w)
 
         def call():
@@ -120,9 +123,10 @@ def head(cfg, machine, n_embd, rows=4096, vocabulary=VOCABULARY):
         'F.linear + F.cross_entropy, compiled, bfloat16': lambda: layer(cross_entropy, BF16, True),
         'naive T_2, compiled, bfloat16': lambda: layer(naive_t2, BF16, True)}
     if hasattr(F, 'linear_cross_entropy'):
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(256, n_embd))
-        contenders['F.linear_cross_entropy in chunks, bfloat16'] = lambda: layer(
-            lambda h, w: F.linear_cross_entropy(h.to(BF16), w.to(BF16), targets, options=options), F32)
+        for policy in ('accurate', 'compact'):
+            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(256, n_embd), acc_policy=policy)
+            contenders[f'F.linear_cross_entropy, {policy}, bfloat16'] = lambda options=options: layer(
+                lambda h, w: F.linear_cross_entropy(h.to(BF16), w.to(BF16), targets, options=options), F32)
     if machine.device.type == 'cuda' and importlib.util.find_spec('liger_kernel'):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
         contenders["Liger's fused head, bfloat16"] = lambda: layer(
@@ -143,13 +147,13 @@ def step(cfg, machine, n_embd):
     documents = prepare_shp.Documents(tokens, np.array([0, len(tokens)]), np.zeros(1, bool))
     config = GPTConfig(VOCABULARY, T, cfg.n_layer, cfg.n_head, n_embd)
 
-    def plain(dtype, compile=False):  # a nanoGPT-like step
+    def plain(dtype, compile=False, fused=machine.device.type == 'cuda'):  # a nanoGPT-like step
         gpt = GPT(config).to(machine.device)
-        optimizer = torch.optim.AdamW(gpt.parameters(), fused=machine.device.type == 'cuda')
+        optimizer = torch.optim.AdamW(gpt.parameters(), fused=fused)
 
         def loss_of(x, y):
             return F.cross_entropy(F.linear(gpt(x), gpt.lm_head.weight).flatten(0, 1), y.flatten())
-        loss_of = torch.compile(loss_of) if compile else loss_of
+        loss_of = torch.compile(loss_of, dynamic=False) if compile else loss_of
 
         def call():
             starts = torch.randint(len(tokens) - T, (B,)).tolist()
@@ -161,11 +165,12 @@ def step(cfg, machine, n_embd):
             torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            return loss
         return call
 
     def ours(dtype, compile=False):  # train.py's
         gpt = GPT(config).to(machine.device)
-        forward = torch.compile(gpt) if compile else gpt
+        forward = torch.compile(gpt, dynamic=False) if compile else gpt
         updates = Updates([gpt], TrainConfig(warmup_iters=0), machine)
 
         def call():
@@ -175,11 +180,13 @@ def step(cfg, machine, n_embd):
                 sums = linear_taylor_loss(hidden, gpt.lm_head.weight, y.flatten().to(machine.device), 2, VOCABULARY)
             updates.backward(sums.loss / sums.count)
             updates.step(1, None)
+            return sums.ce / sums.count
         return call
 
     return {'nanoGPT-like, float32': lambda: plain(F32),
             'nanoGPT-like, bfloat16': lambda: plain(BF16),
             'nanoGPT-like, compiled, bfloat16': lambda: plain(BF16, True),
+            'nanoGPT-like, compiled, bfloat16, fused AdamW': lambda: plain(BF16, True, True),
             'train.py T_2, float32': lambda: ours(F32),
             'train.py T_2, bfloat16': lambda: ours(BF16),
             'train.py T_2, compiled, bfloat16': lambda: ours(BF16, True)}
@@ -187,14 +194,13 @@ def step(cfg, machine, n_embd):
 
 def preference(cfg, machine, K, prompt=256, answer=64):
     """Plackett-Luce DPO on one prompt of 256 tokens with answers of 64, 6 layers x 384, forward and backward."""
-    gpt = GPT(GPTConfig(VOCABULARY, prompt + answer, 6, 6, 384)).to(machine.device)
     ids = torch.randint(VOCABULARY, (prompt + K * answer,)).tolist()
     group = prepare_shp.Group(0, '', ids[:prompt], [ids[i:i + answer] for i in range(prompt, len(ids), answer)])
     batch = {name: x.to(machine.device) for name, x in prepare_shp.group_batch([group], prompt + answer).items()}
     copies = torch.cat([batch['prompt'].expand(K, prompt), batch['answer'][0]], 1)
 
     def padded(dtype, only_answers=False):
-        def log_p():
+        def log_p(gpt):
             hidden = gpt(copies[:, :-1])
             if only_answers:
                 hidden = hidden[:, prompt - 1:]
@@ -203,19 +209,20 @@ def preference(cfg, machine, K, prompt=256, answer=64):
         return learn(log_p, dtype)
 
     def packed(dtype):
-        return learn(lambda: answer_log_prob(token_log_prob(bench_run, gpt, gpt, batch)), dtype)
-
-    bench_run = BenchRun(machine)
+        the_run = SimpleNamespace(machine=machine._replace(dtype=dtype))  # all that token_log_prob asks of a Run
+        return learn(lambda gpt: answer_log_prob(token_log_prob(the_run, gpt, gpt, batch)), dtype)
 
     def learn(log_p, dtype):
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(VOCABULARY, prompt + answer, 6, 6, 384)).to(machine.device)
+
         def call():
             gpt.zero_grad(set_to_none=True)
-            bench_run.machine = machine._replace(dtype=dtype)
             with autocast(machine, dtype):
-                scores = log_p()
+                scores = log_p(gpt)
             loss = plackett_luce_loss(0.1 * scores).sum()
             loss.backward()
-            return loss
+            return loss.detach(), gpt.lm_head.weight.grad
         return call
 
     return {'padded copies, all logits, float32': lambda: padded(F32),
@@ -225,25 +232,28 @@ def preference(cfg, machine, K, prompt=256, answer=64):
             'prompt once, bfloat16': lambda: packed(BF16)}
 
 
-@dataclass
-class BenchRun:
-    machine: Machine  # all that token_log_prob asks of a Run
-
-
 def generate(cfg, machine, batch, prompt=64, new=128):
     """Samples of 128 tokens after prompts of 64, 4 layers of 256 channels."""
-    gpt = GPT(GPTConfig(VOCABULARY, prompt + new, 4, 4, 256)).to(machine.device).eval()
     prompts = torch.randint(VOCABULARY, (batch, prompt))
 
-    @torch.no_grad()
+    def model():
+        return GPT(GPTConfig(VOCABULARY, prompt + new, 4, 4, 256)).to(machine.device).eval()
+
     def uncached():
-        idx = prompts.to(machine.device)
-        for _ in range(new):
-            p = gpt.logits(gpt(idx)[:, -1]).softmax(-1)
-            idx = torch.cat([idx, torch.multinomial(p, 1)], 1)
-        return idx
+        gpt = model()
+
+        @torch.no_grad()
+        def call():
+            idx = prompts.to(machine.device)
+            for _ in range(new):
+                p = gpt.logits(gpt(idx)[:, -1]).softmax(-1)
+                idx = torch.cat([idx, torch.multinomial(p, 1)], 1)
+            return idx
+        return call
 
     def ours(dtype):
+        gpt = model()
+
         def call():
             with autocast(machine, dtype):
                 return gpt.generate(prompts.tolist(), new)
@@ -257,7 +267,7 @@ def generate(cfg, machine, batch, prompt=64, new=128):
         return lambda: theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=True, top_k=0,
                                        pad_token_id=0, max_new_tokens=new, min_new_tokens=new)
 
-    contenders = {'no cache (nanoGPT-like), float32': lambda: uncached}
+    contenders = {'no cache (nanoGPT-like), float32': uncached}
     if importlib.util.find_spec('transformers'):
         contenders |= {'Hugging Face GPT-2, float32': lambda: hugging_face(F32),
                        'Hugging Face GPT-2, bfloat16': lambda: hugging_face(BF16)}
@@ -267,18 +277,18 @@ def generate(cfg, machine, batch, prompt=64, new=128):
 def tokenise(cfg, machine, count):
     """Ranked JSONL to a dataset on disk with gpt2, beside the tokenizer alone on the same texts."""
     enc = prepare_shp.encoding('gpt2')
-    source, rows = Path(cfg.out_dir) / 'rows.jsonl', toy_shp.toy_rows('train', count, 0)
-    rows = [dict(prompt=f"{row['history']} {i}", responses=[row['human_ref_A'] + ' ' + row['human_ref_B'],
-                                                            row['human_ref_B'] + ' ' + row['history']])
-            for i, row in enumerate(rows)]
+    source = Path(cfg.out_dir) / 'rows.jsonl'
+    rows = [dict(prompt=f"{row['history']} {i}", responses=[f"{row['human_ref_A']} {row['history']} {i}",
+                                                            f"{row['human_ref_B']} {row['history']} {i}"])
+            for i, row in enumerate(itertools.islice(toy_shp.toy_rows('train', count, 0), count))]
     texts = [text for row in rows for text in (row['prompt'], *row['responses'])]
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    options = prepare_shp.Config(dataset='bench', source=str(source), encoding='gpt2', overwrite=True)
+    options = prepare_shp.Config(dataset=f'bench-{os.getpid()}', source=str(source), encoding='gpt2')
 
     def prepare():
         prepare_shp.prepare(options)
-        shutil.rmtree('data/bench')
+        shutil.rmtree(Path('data', options.dataset))
     return {'tiktoken alone': lambda: lambda: enc.encode_ordinary_batch(texts, num_threads=os.cpu_count()),
             'prepare_shp.py, from rows to checked arrays': lambda: prepare}
 
@@ -298,6 +308,8 @@ def autocast(machine, dtype):
 
 
 def seconds_of(machine, call):
+    if machine.world_size > 1:
+        dist.barrier()
     synchronize(machine)
     start = time.perf_counter()
     call()
@@ -319,11 +331,20 @@ def extra_memory(cfg, machine, part, size, name):
     # libraries load their own pages at first use
     step(replace(cfg, batch_size=1, block_size=8), machine, cfg.n_head)['train.py T_2, bfloat16']()()
     contenders = PARTS[part][0](cfg, machine, size)
+    gc.collect()
     before = memory(machine)
+    reset_peak(machine)
     call = contenders[name]()
     for _ in range(2):
         call()
     return (memory(machine, peak=True) - before) / 2 ** 20
+
+
+def reset_peak(machine):
+    if machine.device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    elif Path('/proc/self/clear_refs').exists():
+        Path('/proc/self/clear_refs').write_text('5')
 
 
 def memory(machine, peak=False):
@@ -343,19 +364,20 @@ def in_own_process(function, *args):
 
 def compare(cfg, machine, part, size):
     """One table: prints it, and returns its rows."""
-    make, unit, _ = PARTS[part]
+    build, unit, _ = PARTS[part]
     torch.manual_seed(0)
-    contenders = make(cfg, machine, size)
-    print(f'\n{part}, {size:,} {unit}: {make.__doc__}\n'
+    contenders = build(cfg, machine, size)
+    print(f'\n{part}, {size:,} {unit}: {build.__doc__.splitlines()[0]}\n'
           f'{"":<52}{"median ms":>11}{"min ms":>10}{"times":>8}{"MiB":>9}', flush=True)
     seconds = take_turns(machine, {name: make() for name, make in contenders.items()}, cfg.repeats)
     first, rows = next(iter(seconds.values())), []
     for name, times in seconds.items():
         wanted = cfg.memory and part != 'tokenise'
-        mib = in_own_process(extra_memory, cfg, machine, part, size, name) if wanted else math.nan
+        mib = in_own_process(extra_memory, cfg, machine, part, size, name) if wanted else None
         rows.append(dict(part=part, size=size, name=name, median_ms=1e3 * median(times), min_ms=1e3 * min(times),
                          times=median(a / b for a, b in zip(first, times)), mib=mib))
-        print('{name:<52}{median_ms:>11.1f}{min_ms:>10.1f}{times:>8.2f}{mib:>9.0f}'.format(**rows[-1]), flush=True)
+        print('{name:<52}{median_ms:>11.1f}{min_ms:>10.1f}{times:>8.2f}'.format(**rows[-1]) +
+              (f'{mib:>9.0f}' if wanted else f'{"":>9}'), flush=True)
     if part == 'step':
         print(f'predicted for train.py: {predicted_memory(cfg, size, F32):.0f} MiB in float32, '
               f'{predicted_memory(cfg, size, BF16):.0f} in bfloat16', flush=True)
@@ -366,13 +388,14 @@ def predicted_memory(cfg, n_embd, dtype):
     """MiB of a training step: 16 P + 4 V C + R V b + 70 L B T C bytes.
 
     Weights, gradients and AdamW's two moments of P parameters; the gradient that tied weights have once more, as an
-    embedding; a chunk of R rows of logits at b bytes; what L layers keep for the backward pass.
+    embedding; a chunk of R rows of logits at b bytes; and about 70 bytes a token, channel and layer that the backward
+    pass needs (in float32: 2 LayerNorms, q, k, v, attention, the MLP before and after GELU, and their sums).
     """
     config = GPTConfig(VOCABULARY, cfg.block_size, cfg.n_layer, cfg.n_head, n_embd)
     with torch.device('meta'):
         parameters = sum(p.numel() for p in GPT(config).parameters())
-        tokens, V = cfg.batch_size * cfg.block_size, config.padded_vocab_size
-        rows = chunk_rows_for(torch.empty(tokens, n_embd), torch.empty(V, n_embd), dtype)
+    tokens, V = cfg.batch_size * cfg.block_size, config.padded_vocab_size
+    rows = chunk_rows_for(tokens, V, n_embd, dtype)
     return (16 * parameters + 4 * V * n_embd + rows * V * dtype.itemsize
             + 70 * cfg.n_layer * tokens * n_embd) / 2 ** 20
 
@@ -381,13 +404,14 @@ def predicted_memory(cfg, n_embd, dtype):
 
 
 def scaling(cfg, machine):
-    """Seconds of one call against one size at a time, the others fixed; -> rows, and scaling.png."""
+    """Seconds of one call against one size at a time (T at a constant number of tokens); -> rows, and scaling.png."""
+    matplotlib_or_refuse()
     def of_head(**sizes):
         sizes = dict(n_embd=64, rows=2048, vocabulary=VOCABULARY) | sizes
         return head(cfg, machine, **sizes)['linear_taylor_loss T_2, float32']
 
     def of_step(**sizes):
-        return step(replace(cfg, **sizes), machine, 64)['train.py T_2, float32']
+        return step(replace(cfg, **sizes), machine, 8 * cfg.n_head)['train.py T_2, float32']
     sweeps = {
         'tokens N (head)': ([512, 1024, 2048, 4096, 8192], lambda N: of_head(rows=N)),
         'vocabulary V (head)': ([6400, 12800, 25600, 51200, 102400], lambda V: of_head(vocabulary=V)),
@@ -408,18 +432,23 @@ def scaling(cfg, machine):
     return rows
 
 
-def picture(rows, path):
+def matplotlib_or_refuse():
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError:
         raise Refusal('the picture of scaling needs matplotlib: pip install matplotlib') from None
+    return matplotlib
+
+
+def picture(rows, path):
+    matplotlib = matplotlib_or_refuse()
     with matplotlib.rc_context(plot.STYLE):
-        figure = Figure(figsize=(10, 5.4), dpi=150, layout='constrained')
+        figure = matplotlib.figure.Figure(figsize=(10, 5.4), dpi=150, layout='constrained')
         for ax, row in zip(figure.subplots(2, 3).flat, rows):
             sizes, times = np.array(row['sizes']), np.array(row['median_ms'])
             ax.loglog(sizes, times, 'o-', color=plot.COLOURS[0])
-            ax.loglog(sizes, times[-1] * sizes / sizes[-1], ':', color=plot.COLOURS[-1])
+            if 'B T =' not in row['name']:
+                ax.loglog(sizes, times[-1] * sizes / sizes[-1], ':', color=plot.COLOURS[-1])
             ax.set(title=row['name'], ylabel='ms a call')
             ax.minorticks_off()
             ax.set_xticks(sizes, [f'{size:,}' for size in sizes], fontsize=7)
@@ -430,6 +459,8 @@ def picture(rows, path):
 def ranks(cfg, machine):
     """What ranks cost: a step of each rank alone, with its gradients shared, and the sharing alone."""
     B, T = cfg.batch_size // machine.world_size, cfg.block_size
+    if not B:
+        raise Refusal(f'batch_size={cfg.batch_size} sequences do not go round {machine.world_size} ranks')
     gpt = GPT(GPTConfig(VOCABULARY, T, cfg.n_layer, cfg.n_head, cfg.n_embd[0])).to(machine.device)
     ddp = DistributedDataParallel(gpt, gradient_as_bucket_view=True)
     x, y = torch.randint(VOCABULARY, (2, B, T), device=machine.device)
@@ -440,8 +471,8 @@ def ranks(cfg, machine):
             hidden = forward(x).flatten(0, 1)
             linear_taylor_loss(hidden, gpt.lm_head.weight, y.flatten(), 2, VOCABULARY).loss.backward()
         gpt.zero_grad(set_to_none=True)
-    seconds = take_turns(machine, {'alone': lambda: call(gpt), 'shared': lambda: call(ddp),
-                                   'sharing': lambda: dist.all_reduce(gradient)}, cfg.repeats)
+    seconds = take_turns(machine, {'step alone': lambda: call(gpt), 'step under DDP': lambda: call(ddp),
+                                   'all-reduce alone': lambda: dist.all_reduce(gradient)}, cfg.repeats)
     rows = [dict(part='ranks', name=name, median_ms=1e3 * median(times)) for name, times in seconds.items()]
     alone, shared, sharing = (row['median_ms'] for row in rows)
     machine.print(f'{machine.world_size} ranks, each with {B} x {T} tokens: forward and backward {alone:.1f} ms, with '
@@ -452,7 +483,7 @@ def ranks(cfg, machine):
 
 def main(cfg):
     machine = setup(cfg.device)
-    if (machine.world_size > 1) != ('ranks' in cfg.parts):
+    if (machine.world_size > 1) != (cfg.parts == ('ranks',)) or 'ranks' in cfg.parts and len(cfg.parts) > 1:
         raise Refusal('the part `ranks`, and only it, runs under torchrun: torchrun --nproc_per_node=2 bench.py '
                       '--parts=ranks')
     peaks = {dtype: matmul_peak(machine._replace(dtype=dtype)) for dtype in (F32, BF16)}
@@ -469,8 +500,8 @@ def main(cfg):
                     rows += compare(cfg, machine, part, size)
         except Refusal as error:  # gpt2's vocabulary is not to be had, say
             machine.print(f'\n{part} is left out: {error}')
-    if machine.rank == 0:
-        write_whole(Path(cfg.out_dir) / 'bench.json', ''.join(json.dumps(row) + '\n' for row in rows))
+        if machine.rank == 0:
+            write_whole(Path(cfg.out_dir) / 'bench.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
 
 
 if __name__ == '__main__':

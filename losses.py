@@ -108,36 +108,36 @@ def linear_taylor_loss(hidden, weight, targets, n, vocab_size=None, skip_below=0
     """
     _check_shapes(hidden, weight, targets)
     dtype = _product_dtype(hidden)
-    args = (_order(n), vocab_size or len(weight), skip_below, chunk_rows or chunk_rows_for(hidden, weight, dtype), dtype)
-    return TaylorSums(*_LinearTaylorLoss.apply(hidden, weight, targets, *args), int((targets >= 0).sum()))
+    head = (vocab_size or len(weight), chunk_rows or chunk_rows_for(len(hidden), *weight.shape, dtype), dtype)
+    return TaylorSums(*_LinearTaylorLoss.apply(hidden, weight, targets, _order(n), skip_below, head,
+                                               torch.is_grad_enabled()))
 
 
 class _LinearTaylorLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, n, vocab_size, skip_below, chunk_rows, dtype):
-        head = _Head(weight, vocab_size, chunk_rows, dtype)
-        grad_hidden = torch.zeros_like(hidden)
+    def forward(ctx, hidden, weight, targets, n, skip_below, args, grad_enabled):
+        head = _Head(hidden, weight, targets, *args)
+        wanted = [needed and grad_enabled for needed in ctx.needs_input_grad[:2]]
         probabilities = []
-        for rows, h, error, p, q in head.chunks(hidden, targets):
+        for rows, h, error, p, q in head.chunks():
             probabilities.append((p, q))
-            if any(ctx.needs_input_grad):
+            if any(wanted):
                 q_n = q ** n
                 if skip_below > 0:
                     front, error = _largest_to_front(q_n, skip_below, error)
                     rows, h, q, q_n = rows[front], h[front], q[front], q_n[front]
-                head.add_gradients(grad_hidden, rows, h, error, q, q_n)
-        log_p, q = head.log_prob(hidden, targets, probabilities)
-        ctx.save_for_backward(grad_hidden, head.grad_of(weight))
+                head.add_gradients(wanted, rows, h, error, q, q_n)
+        log_p, q = head.log_prob(probabilities)
+        ctx.save_for_backward(*head.gradients(wanted))
         loss, ce, weight_sum = _taylor_value(log_p, q, n).sum(), -log_p.sum(), (q ** n).sum()
         ctx.mark_non_differentiable(ce, weight_sum)
-        return loss, ce, weight_sum
+        return loss, ce, weight_sum, len(log_p)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        grad_hidden, grad_weight = ctx.saved_tensors
         # in place: a second backward is an error of autograd, not a wrong number
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), *[None] * 6
+        return *(x if x is None else x.mul_(grad) for x in ctx.saved_tensors), *[None] * 5
 
 
 def _largest_to_front(weights, share, error):
@@ -146,13 +146,13 @@ def _largest_to_front(weights, share, error):
     In place: kept rows from behind move to where dropped ones were. Their number is a multiple of 32, since matrix
     products of ever new shapes are slow.
     """
-    count = int((weights >= share * weights.max()).sum())
+    count = int((~(weights < share * weights.max())).sum())  # a NaN is kept, and seen by whoever checks the gradient
     count = min(len(weights), -(-count // 32) * 32)
     kept = torch.zeros_like(weights, dtype=torch.bool)
     kept[weights.topk(count).indices] = True
-    front, free = torch.arange(count, device=weights.device), ~kept[:count]
+    front, free = torch.arange(count, device=weights.device), (~kept[:count]).nonzero()[:, 0]
     front[free] = kept[count:].nonzero()[:, 0] + count
-    error[:count][free] = error[front[free]]
+    error[free] = error[front[free]]
     return front, error[:count]
 
 
@@ -160,64 +160,66 @@ def linear_token_log_prob(hidden, weight, targets, vocab_size=None, chunk_rows=N
     """Head and log p(target) in one pass: hidden (N, C), weight (V, C), targets (N,) -> (N,); 0 where the target is -1.
 
     Differentiable for any upstream gradient: that comes later than the logits, so the backward pass makes each chunk
-    again (four matrix products), except a single one, which is kept. Options and errors as in `linear_taylor_loss`.
+    again (four matrix products), unless there is but one, which is kept. Options and errors as in `linear_taylor_loss`.
     """
     _check_shapes(hidden, weight, targets)
     dtype = _product_dtype(hidden)
-    args = vocab_size or len(weight), chunk_rows or chunk_rows_for(hidden, weight, dtype), dtype
-    return _LinearTokenLogProb.apply(hidden, weight, targets, *args)
+    head = (vocab_size or len(weight), chunk_rows or chunk_rows_for(len(hidden), *weight.shape, dtype), dtype)
+    return _LinearTokenLogProb.apply(hidden, weight, targets, head)
 
 
 class _LinearTokenLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, chunk_rows, dtype):
+    def forward(ctx, hidden, weight, targets, args):
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.args = vocab_size, chunk_rows, dtype
-        head = _Head(weight, *ctx.args)
+        ctx.args = args
+        head = _Head(hidden, weight, targets, *args)
         probabilities = []
-        for chunk in head.chunks(hidden, targets):
-            probabilities.append(chunk[-2:])
-        ctx.kept = (head, chunk) if len(probabilities) == 1 and any(ctx.needs_input_grad) else None
+        for chunk in head.chunks():
+            *_, p, q = chunk
+            probabilities.append((p, q))
+        ctx.kept = (head, [chunk]) if len(probabilities) == 1 else None
         result = torch.zeros(len(targets), dtype=head.exact, device=hidden.device)
-        result[targets >= 0] = head.log_prob(hidden, targets, probabilities)[0]
+        result[head.rows] = head.log_prob(probabilities)[0]
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        hidden, weight, targets = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
         if ctx.kept is None:
-            head = _Head(weight, *ctx.args)
-            chunks = head.chunks(hidden, targets)
+            head = _Head(*ctx.saved_tensors, *ctx.args)
+            chunks = head.chunks()
         else:
-            head, chunks = ctx.kept[0], ctx.kept[1:]
-            head.grad_weight = None  # of an earlier backward pass through the same graph
-        grad_hidden = torch.zeros_like(hidden)
+            head, chunks = ctx.kept
         for rows, h, error, _, q in chunks:
-            head.add_gradients(grad_hidden, rows, h, error, q, -grad[rows])
-        return grad_hidden, head.grad_of(weight), *[None] * 4
+            head.add_gradients(wanted, rows, h, error, q, -grad[rows])
+        return *head.gradients(wanted), None, None
 
 
 class _Head:
-    """The products of a linear head with a chunk of rows, in buffers that all chunks share."""
+    """A linear head on the rows that have a target, chunk by chunk, in buffers that all chunks share."""
 
-    def __init__(self, weight, vocab_size, chunk_rows, dtype):
-        self.weight, self.vocab_size, self.chunk_rows = weight.to(dtype), vocab_size, chunk_rows
+    def __init__(self, hidden, weight, targets, vocab_size, chunk_rows, dtype):
+        self.hidden, self.weight, self.targets, self.vocab_size = hidden, weight.to(dtype), targets, vocab_size
+        self.rows = (targets >= 0).nonzero()[:, 0]
+        self.chunk_rows = max(1, min(chunk_rows, len(self.rows)))
         self.exact = torch.promote_types(dtype, torch.float32)
-        self.logits = weight.new_empty(chunk_rows, len(weight), dtype=dtype)
+        self.logits = weight.new_empty(self.chunk_rows, len(weight), dtype=dtype)
         # float16 holds no probability of 1e-8: its softmax is made in float32
         self.error = torch.empty_like(self.logits, dtype=self.exact) if dtype == torch.float16 else self.logits
-        self.grad_weight = None  # the sum over chunks
+        self.grads = [None, None]  # of hidden and weight, the sums over chunks; weight's at least in float32
+        self.grad_dtypes = hidden.dtype, weight.dtype
 
-    def chunks(self, hidden, targets):
+    def chunks(self):
         """Yields rows (R,) with a target, h (R, C), softmax - onehot (R, V), p (R,) of the target, q (R,).
 
         q is the sum of the OTHER probabilities: 1 - p would lose all digits of it where the model knows the token. It
-        stands at the target too, as -q. One pass of softmax in place is the only work at (R, V) size beside products.
+        stands at the target too, as -q. A softmax in place and one sum are the work at (R, V) size beside products.
         """
-        for rows in (targets >= 0).nonzero()[:, 0].split(self.chunk_rows):
-            h, logits, error = hidden[rows].to(self.weight.dtype), self.logits[:len(rows)], self.error[:len(rows)]
-            at_target = torch.arange(len(rows), device=rows.device), targets[rows]
+        for rows in self.rows.split(self.chunk_rows) if len(self.rows) else []:
+            h, logits, error = self.hidden[rows].to(self.weight.dtype), self.logits[:len(rows)], self.error[:len(rows)]
+            at_target = torch.arange(len(rows), device=rows.device), self.targets[rows]
             torch.mm(h, self.weight.T, out=logits)
             if self.error is not self.logits:
                 error.copy_(logits)
@@ -226,43 +228,58 @@ class _Head:
             p = error[at_target].to(self.exact)
             error[at_target] = 0.0  # not by scatter_, which on a CPU takes longer than the softmax
             q = error.sum(1)
-            error[at_target] = -q
+            error[at_target] = -q.to(error.dtype)
             yield rows, h, error, p, q.to(self.exact)
 
-    def add_gradients(self, grad_hidden, rows, h, error, q, slope):
-        """Adds the gradients of sum(slope * -log p); the slope enters at (R, C) size."""
-        if not len(rows):
-            return
+    def add_gradients(self, wanted, rows, h, error, q, slope):
+        """Adds the gradients of sum(slope * -log p), of hidden and of weight where wanted; the slope enters at (R, C).
+        """
         slope, scale = slope[:, None], None
         if h.dtype == torch.float16:  # it holds neither a small probability nor a small slope: divide both by their top
             tiny = torch.finfo(self.exact).tiny
-            error, slope = (error / q.clamp(min=tiny)[:, None]).to(h.dtype), slope * q[:, None]
+            error = torch.div(error, q.clamp(min=tiny)[:, None], out=self.logits[:len(rows)])
+            slope = slope * q[:, None]
             scale = slope.abs().amax().clamp(min=tiny)
-        grad_hidden[rows] = (error @ self.weight * slope).to(grad_hidden.dtype)
+        if wanted[0]:
+            if self.grads[0] is None:
+                self.grads[0] = torch.zeros_like(self.hidden)
+            self.grads[0][rows] = (error @ self.weight * slope).to(self.hidden.dtype)
+        if not wanted[1]:
+            return
         h = (h * (slope if scale is None else slope / scale)).to(h.dtype)
-        first = self.grad_weight is None
+        first = self.grads[1] is None
         if first:
-            self.grad_weight = torch.empty_like(self.weight, dtype=self.exact)
-        # by pieces of the vocabulary, so that on a CPU a product is added while it is in cache
+            self.grads[1] = torch.empty_like(self.weight, dtype=self.exact)
+        if h.dtype == self.exact:
+            torch.addmm(self.grads[1], error.T, h, beta=0.0 if first else 1.0, out=self.grads[1])
+            return
+        # on a CPU by pieces of the vocabulary: a product is added while it is in cache, and takes little memory
         size = 4096 if h.device.type == 'cpu' else len(self.weight)
-        for total, part in zip(self.grad_weight.split(size), error.T.split(size)):
+        for total, part in zip(self.grads[1].split(size), error.T.split(size)):
             product = part @ h if scale is None else (part @ h) * scale
             total.copy_(product) if first else total.add_(product)
 
-    def grad_of(self, weight):
-        return torch.zeros_like(weight) if self.grad_weight is None else self.grad_weight.to(weight.dtype)
+    def gradients(self, wanted):
+        """-> those of hidden and weight, None where not wanted; and forgets them."""
+        grads, self.grads = self.grads, [None, None]
+        shapes = self.hidden, self.weight
+        return [None if not want else torch.zeros_like(x, dtype=dtype) if grad is None else grad.to(dtype)
+                for want, grad, x, dtype in zip(wanted, grads, shapes, self.grad_dtypes)]
 
-    def log_prob(self, hidden, targets, probabilities):
-        """[(p, q) of each chunk] -> log p (M,), q (M,) of the rows with a target."""
+    def log_prob(self, probabilities):
+        """[(p, q) of each chunk] -> log p (M,), q (M,) of the rows with a target, to the digits of the softmax."""
         if not probabilities:
-            return hidden.new_zeros(2, 0, dtype=self.exact)
-        rows = (targets >= 0).nonzero()[:, 0]
+            none = self.hidden.new_zeros(0, dtype=self.exact)
+            return none, none
         p, q = (torch.cat(parts) for parts in zip(*probabilities))
         log_p = torch.where(q < 0.5, torch.log1p(-q), p.log())
+        q = torch.where(q < 0.5, q, 1 - p)  # of one rounding with log p: T_n subtracts the one from the other
         # below the smallest number the logits still tell
-        for lost in (p < torch.finfo(p.dtype).tiny).nonzero()[:, 0].split(self.chunk_rows):
-            logits = hidden[rows[lost]].to(self.weight.dtype) @ self.weight[:self.vocab_size].T
-            log_p[lost] = token_log_prob(logits.to(self.exact), targets[rows[lost]])
+        lost = (p < torch.finfo(p.dtype).tiny).nonzero()[:, 0]
+        for part in lost.split(self.chunk_rows) if len(lost) else []:
+            rows = self.rows[part]
+            logits = self.hidden[rows].to(self.weight.dtype) @ self.weight[:self.vocab_size].T
+            log_p[part] = token_log_prob(logits.to(self.exact), self.targets[rows])
         return log_p, q
 
 
@@ -278,10 +295,11 @@ def _order(n):
     return n
 
 
-def chunk_rows_for(hidden, weight, dtype):
-    # few rows keep a chunk of logits in cache; a wide model needs more, for each chunk adds to the (V, C) gradient
-    # once, and so does a small vocabulary, whose chunks would cost more in calls than in arithmetic
-    (V, C), N = weight.shape, len(hidden)
+def chunk_rows_for(N, V, C, dtype):
+    """Rows of a chunk of logits, measured on two CPUs: few keep it in cache (128 are 25 MB of float32 at gpt2's V); a
+    wide model needs more, for each chunk adds to the (V, C) gradient once, up to 1024; and so does a small vocabulary,
+    whose chunks would cost more in calls than in arithmetic.
+    """
     return max(1, min(N, max(128, min(8 * C // dtype.itemsize, 1024), 2 ** 20 // V)))
 
 

@@ -46,17 +46,17 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens of each row
         self.longest = 0                                                        # their maximum, known without a sync
-        self.rows = torch.arange(batch_size, device=device)[:, None]
+        self.batch = torch.arange(batch_size, device=device)[:, None]
 
     def write(self, layer, k, v, positions):
         """k, v (B, n_head, T, D) at positions (B, T) -> all keys and values up to the longest row."""
-        self.k[layer][self.rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[layer][self.rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        self.k[layer][self.batch, :, positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer][self.batch, :, positions] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer, :, :, :self.longest].to(k.dtype), self.v[layer, :, :, :self.longest].to(v.dtype)
 
     def keep_rows(self, rows):
         self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
-        self.rows = self.rows[:len(rows)]
+        self.batch = self.batch[:len(rows)]
 
 
 class Attention(nn.Module):
@@ -234,19 +234,19 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0):
     if p.shape[-1] % 64:
         p = F.pad(p, (0, -p.shape[-1] % 64))
     p = p.unflatten(-1, (-1, 64))
-    block, rest = _draw(p.sum(-1), uniform)
-    id, _ = _draw(p[torch.arange(len(p), device=p.device), block], rest)
+    block, uniform = _draw(p.sum(-1), uniform)
+    id, _ = _draw(p[torch.arange(len(p), device=p.device), block], uniform)
     return block * 64 + id
 
 
 def _draw(p, u):
-    """p (B, M) >= 0, u (B,) below its sum -> the i (B,) whose cumulative sum first passes u, and u less the sum before.
-    """
+    """p (B, M) >= 0, u (B,) in [0, 1) -> i (B,), drawn with p_i / sum(p), and where u lies within p_i, in [0, 1)."""
     cdf = p.cumsum(-1)
-    # strictly below the total, so that a later entry of 0 is out of reach even after rounding
-    u = torch.minimum(u, torch.nextafter(cdf[:, -1], torch.zeros_like(u)))
-    i = torch.searchsorted(cdf, u[:, None], right=True)
-    return i[:, 0], (u - F.pad(cdf, (1, 0)).gather(1, i)[:, 0]).clamp(min=0)
+    u = u[:, None] * cdf[:, -1:]
+    i = torch.searchsorted(cdf, u, right=True).clamp(max=p.shape[-1] - 1)
+    i = torch.where(p.gather(1, i) > 0, i, p.argmax(-1, keepdim=True))  # after rounding an entry of 0 may be hit
+    within = (u - F.pad(cdf, (1, 0)).gather(1, i)) / p.gather(1, i)
+    return i[:, 0], within[:, 0].clamp(0, 1 - 2 ** -24)
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------

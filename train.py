@@ -390,7 +390,7 @@ class Updates:
         self.scaler.unscale_(self.optimizer)
         norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), self.cfg.grad_clip or math.inf)
                  for module in self.modules]
-        norm, total = torch.stack([norms[0], sum(norms)]).tolist()  # the one wait for the device in a step
+        norm, total = torch.stack([norms[0], sum(norms)]).tolist()  # one wait for the device
         if math.isfinite(total):
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0

@@ -23,20 +23,22 @@ def results(contenders, *words):
 
 def test_contenders_of_the_head_have_the_same_loss():
     torch.manual_seed(0)
-    contenders = bench.head(Config(), MACHINE, 16, rows=60, vocabulary=500)
+    contenders = bench.head(Config(), MACHINE, 16, rows=60, vocabulary=512)
     cross_entropy, log_p = results(contenders, 'F.linear'), results(contenders, 'linear_token_log_prob')
     taylor = results(contenders, 'T_2')
-    assert len(cross_entropy) == 2 and len(log_p) == 1 and len(taylor) == 3
+    assert len(cross_entropy) == 3 and len(log_p) == 1 and len(taylor) == 3
     ce, t2 = cross_entropy['F.linear + F.cross_entropy, float32'].item(), taylor['naive T_2, float32'].item()
-    assert [loss.item() for loss in cross_entropy.values()] == pytest.approx([ce, ce], rel=5e-3)
+    assert [loss.item() for loss in cross_entropy.values()] == pytest.approx([ce] * 3, rel=5e-3)
     assert [-loss.item() for loss in log_p.values()] == pytest.approx([ce], rel=5e-3)
     assert [loss.item() for loss in taylor.values()] == pytest.approx([t2] * 3, rel=5e-3)
 
 
-def test_contenders_of_a_preference_step_have_the_same_loss_and_gradients():
-    contenders = bench.preference(Config(), MACHINE, 3, prompt=20, answer=6)
-    losses = results(contenders, 'float32')
-    assert len(losses) == 3 and len({round(loss.item(), 4) for loss in losses.values()}) == 1
+def test_contenders_of_a_preference_step_have_the_same_loss_and_gradient():
+    torch.manual_seed(0)
+    plain, *others = results(bench.preference(Config(), MACHINE, 3, prompt=20, answer=6), 'float32').values()
+    assert len(others) == 2
+    for other in others:
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_contenders_of_generation_write_as_many_tokens():
@@ -51,7 +53,9 @@ def test_a_step_trains():
     for name, make in bench.step(cfg, MACHINE, 8).items():
         if 'compiled' not in name:
             call = make()
-            call()
+            losses = [call().item() for _ in range(8)]
+            assert losses[0] > 10 and losses[-1] != losses[0]
+            assert losses[-1] < losses[0] - 0.01 or 'nanoGPT' in name  # ours repeats one batch, theirs draws
 
 
 def test_turns_alternate():
@@ -77,11 +81,11 @@ def test_two_ranks(tmp_path):
                           env=dict(os.environ, OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr
     assert '2 ranks, each with 1 x 16 tokens' in done.stdout
-    rows = [json.loads(line) for line in (tmp_path / 'bench.json').read_text().splitlines()]
-    assert [row['name'] for row in rows] == ['alone', 'shared', 'sharing']
+    rows = [json.loads(line) for line in (tmp_path / 'bench.jsonl').read_text().splitlines()]
+    assert [row['name'] for row in rows] == ['step alone', 'step under DDP', 'all-reduce alone']
 
 
-def test_a_wrong_part_is_refused_by_name(tmp_path):
+def test_a_wrong_part_is_refused_by_name():
     done = subprocess.run([sys.executable, 'bench.py', '--parts=heads'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "parts: 'heads' is not one of head, step" in done.stderr
     done = subprocess.run([sys.executable, 'bench.py', '--parts=ranks'], cwd=ROOT, capture_output=True, text=True)
