@@ -141,7 +141,7 @@ class GPT(nn.Module):
         logits[..., self.config.vocab_size:] = -torch.inf
         return logits
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, in which autocast casts the weights anew at every token
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, eot=None, uniform=None,
                  transform=None, on_token=None):
         """Continues each prompt, a list of token ids; their lengths may differ. Returns the lists of new ids.
