@@ -1,6 +1,6 @@
 """Speed and memory of the project, side by side in one run with what a user would write or pick instead.
 
-    python bench.py                                  # all parts but `ranks`, about 20 minutes on 2 CPU cores
+    python bench.py                                  # all parts but `ranks`
     python bench.py --parts=head,step --n_embd=64    # some of them
     torchrun --nproc_per_node=2 bench.py --parts=ranks
     python bench.py --parts=step --n_layer=12 --n_head=12 --n_embd=768 --batch_size=12 --block_size=1024   # GPT-2 124M

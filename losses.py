@@ -107,16 +107,15 @@ def linear_taylor_loss(hidden, weight, targets, n, vocab_size=None, skip_below=0
     Raises ValueError if the shapes do not fit.
     """
     _check_shapes(hidden, weight, targets)
-    dtype = _product_dtype(hidden)
-    head = (vocab_size or len(weight), chunk_rows or chunk_rows_for(len(hidden), *weight.shape, dtype), dtype)
-    return TaylorSums(*_LinearTaylorLoss.apply(hidden, weight, targets, _order(n), skip_below, head,
+    options = _head_options(hidden, weight, vocab_size, chunk_rows)
+    return TaylorSums(*_LinearTaylorLoss.apply(hidden, weight, targets, _order(n), skip_below, options,
                                                torch.is_grad_enabled()))
 
 
 class _LinearTaylorLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, n, skip_below, args, grad_enabled):
-        head = _Head(hidden, weight, targets, *args)
+    def forward(ctx, hidden, weight, targets, n, skip_below, options, grad_enabled):
+        head = _Head(hidden, weight, targets, *options)
         wanted = [needed and grad_enabled for needed in ctx.needs_input_grad[:2]]
         probabilities = []
         for rows, h, error, p, q in head.chunks():
@@ -163,17 +162,16 @@ def linear_token_log_prob(hidden, weight, targets, vocab_size=None, chunk_rows=N
     again (four matrix products), unless there is but one, which is kept. Options and errors as in `linear_taylor_loss`.
     """
     _check_shapes(hidden, weight, targets)
-    dtype = _product_dtype(hidden)
-    head = (vocab_size or len(weight), chunk_rows or chunk_rows_for(len(hidden), *weight.shape, dtype), dtype)
-    return _LinearTokenLogProb.apply(hidden, weight, targets, head)
+    options = _head_options(hidden, weight, vocab_size, chunk_rows)
+    return _LinearTokenLogProb.apply(hidden, weight, targets, options)
 
 
 class _LinearTokenLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, args):
+    def forward(ctx, hidden, weight, targets, options):
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.args = args
-        head = _Head(hidden, weight, targets, *args)
+        ctx.options = options
+        head = _Head(hidden, weight, targets, *options)
         probabilities = []
         for chunk in head.chunks():
             *_, p, q = chunk
@@ -188,7 +186,7 @@ class _LinearTokenLogProb(torch.autograd.Function):
     def backward(ctx, grad):
         wanted = ctx.needs_input_grad[:2]
         if ctx.kept is None:
-            head = _Head(*ctx.saved_tensors, *ctx.args)
+            head = _Head(*ctx.saved_tensors, *ctx.options)
             chunks = head.chunks()
         else:
             head, chunks = ctx.kept
@@ -208,8 +206,8 @@ class _Head:
         self.logits = weight.new_empty(self.chunk_rows, len(weight), dtype=dtype)
         # float16 holds no probability of 1e-8: its softmax is made in float32
         self.error = torch.empty_like(self.logits, dtype=self.exact) if dtype == torch.float16 else self.logits
-        self.grads = [None, None]  # of hidden and weight, the sums over chunks; weight's at least in float32
-        self.grad_dtypes = hidden.dtype, weight.dtype
+        self.weight_dtype = weight.dtype
+        self.grad_hidden = self.grad_weight = None  # made by the first chunk; the sum over chunks at least in float32
 
     def chunks(self):
         """Yields rows (R,) with a target, h (R, C), softmax - onehot (R, V), p (R,) of the target, q (R,).
@@ -241,30 +239,33 @@ class _Head:
             slope = slope * q[:, None]
             scale = slope.abs().amax().clamp(min=tiny)
         if wanted[0]:
-            if self.grads[0] is None:
-                self.grads[0] = torch.zeros_like(self.hidden)
-            self.grads[0][rows] = (error @ self.weight * slope).to(self.hidden.dtype)
+            if self.grad_hidden is None:
+                self.grad_hidden = torch.zeros_like(self.hidden)
+            self.grad_hidden[rows] = (error @ self.weight * slope).to(self.hidden.dtype)
         if not wanted[1]:
             return
         h = (h * (slope if scale is None else slope / scale)).to(h.dtype)
-        first = self.grads[1] is None
+        first = self.grad_weight is None
         if first:
-            self.grads[1] = torch.empty_like(self.weight, dtype=self.exact)
+            self.grad_weight = torch.empty_like(self.weight, dtype=self.exact)
         if h.dtype == self.exact:
-            torch.addmm(self.grads[1], error.T, h, beta=0.0 if first else 1.0, out=self.grads[1])
+            torch.addmm(self.grad_weight, error.T, h, beta=0.0 if first else 1.0, out=self.grad_weight)
             return
         # on a CPU by pieces of the vocabulary: a product is added while it is in cache, and takes little memory
         size = 4096 if h.device.type == 'cpu' else len(self.weight)
-        for total, part in zip(self.grads[1].split(size), error.T.split(size)):
+        for total, part in zip(self.grad_weight.split(size), error.T.split(size)):
             product = part @ h if scale is None else (part @ h) * scale
             total.copy_(product) if first else total.add_(product)
 
     def gradients(self, wanted):
-        """-> those of hidden and weight, None where not wanted; and forgets them."""
-        grads, self.grads = self.grads, [None, None]
-        shapes = self.hidden, self.weight
-        return [None if not want else torch.zeros_like(x, dtype=dtype) if grad is None else grad.to(dtype)
-                for want, grad, x, dtype in zip(wanted, grads, shapes, self.grad_dtypes)]
+        """-> those of hidden and weight, None where not wanted; forgets them, for a second pass begins anew."""
+        hidden, weight, self.grad_hidden, self.grad_weight = self.grad_hidden, self.grad_weight, None, None
+        if wanted[0] and hidden is None:
+            hidden = torch.zeros_like(self.hidden)
+        if wanted[1]:
+            weight = torch.zeros_like(self.weight) if weight is None else weight
+            weight = weight.to(self.weight_dtype)
+        return hidden, weight
 
     def log_prob(self, probabilities):
         """[(p, q) of each chunk] -> log p (M,), q (M,) of the rows with a target, to the digits of the softmax."""
@@ -303,9 +304,11 @@ def chunk_rows_for(N, V, C, dtype):
     return max(1, min(N, max(128, min(8 * C // dtype.itemsize, 1024), 2 ** 20 // V)))
 
 
-def _product_dtype(hidden):
+def _head_options(hidden, weight, vocab_size, chunk_rows):
+    """-> real vocabulary, rows of a chunk, dtype of the products: the autocast dtype where autocast is on."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return vocab_size or len(weight), chunk_rows or chunk_rows_for(len(hidden), *weight.shape, dtype), dtype
 
 
 # Rankings ---------------------------------------------------------------------------------------------------------
