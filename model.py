@@ -296,9 +296,12 @@ def load_checkpoint(where, name=None):
         problem = _damage(path)
         if not problem:
             try:
-                return torch.load(path, map_location='cpu', weights_only=True)
+                state = torch.load(path, map_location='cpu', weights_only=True)
+                problem = _misfit(state)
             except Exception as error:  # whatever the unpickler makes of it, the file is of no use
-                problem = str(error).splitlines()[0]
+                problem = f'{type(error).__name__}: {str(error).splitlines()[:1]}'
+        if not problem:
+            return state
         print(f'warning: {path} is damaged ({problem}); it is not used', flush=True)
     if len(paths) == 1:
         raise Refusal(f'{paths[0]} is no sound checkpoint; use another one, or make it again')
@@ -313,3 +316,19 @@ def _damage(path):
             return f'wrong checksum of {bad}' if bad else ''
     except Exception as error:  # zipfile has half a dozen kinds for what a flipped bit can do
         return f'{type(error).__name__}: {error}'
+
+
+def _misfit(state):
+    """Why what a sound archive holds is none of our checkpoints, or ''."""
+    if not isinstance(state, dict) or type(state.get('step')) is not int or state['step'] < 0:
+        return 'it was not made by this program'
+    modules = [name for name in ('model', 'reward_model', 'critic') if name in state]
+    if modules and len(state[modules[0]]) < state['model_config']['n_layer']:
+        return 'its weights are not those of its model_config'  # before so many layers are made
+    for name in modules:
+        with torch.device('meta'):  # shapes without memory
+            module = GPT(GPTConfig(**state['model_config']))
+            module = module if name == 'model' else ScalarHead(module)
+        shapes = {key: w.shape for key, w in module.state_dict().items()}
+        if {key: w.shape for key, w in state[name].items()} != shapes:
+            return f'its {name} is not of its model_config'

@@ -39,8 +39,8 @@ from losses import (gae, implicit_reward, masked_mean, plackett_luce_loss, ppo_p
 from model import ScalarHead, load_checkpoint, save_checkpoint
 from prepare_shp import answer_tokens, group_batch, pick_groups
 from teachers import open_teacher
-from train import (Metrics, RunConfig, StopSignal, Updates, check_resume, describe, finish, lr_at, open_run, setup,
-                   start_files, write_whole)
+from train import (Metrics, RunConfig, StopSignal, Updates, check_resume, describe, finish, lr_at, open_run, restoring,
+                   setup, start_files, write_whole)
 
 MARGIN_GROUPS = 512  # groups over which the lead of data over self is judged against its noise
 
@@ -432,55 +432,56 @@ def main(cfg):
     described = dict(describe(cfg, machine, model_config, data),
                      frozen={name: weights_hash(module.state_dict()) for name, module in frozen.items()})
     tokens, seconds, best, evaluated, ended, lead, batch, facts = 0, 0.0, -math.inf, -1, False, [0, 0.0, 0.0], None, {}
-    state = open_run(cfg, machine)
-    if state is not None:
-        machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
-        for name, module in trained.items():
-            module.load_state_dict(state[name])
-        updates.load_state_dict(state)
-        tokens, seconds, best, evaluated, ended, lead, facts, digest = (state[k] for k in (
-            'tokens', 'seconds', 'best', 'evaluated', 'ended', 'lead', 'facts', 'batch_sha256'))
-        run.step, run.sampled_tokens, run.selves = (state[k] for k in ('step', 'sampled_tokens', 'selves'))
-        past_self(run, 0)  # refuses another one
-        if run.step % per_iteration:
-            batch = read_iteration(run, run.step // per_iteration, digest)
-        del state
-    machine.on_rank_0(lambda: start_files(cfg, run.step))
-    machine.on_rank_0(lambda: start_folders(run, start))
-    metrics, samples_log = Metrics(cfg, machine, run.step), Metrics(cfg, machine, run.step, 'samples.jsonl')
-    run.ddp = {name: torch.compile(module, dynamic=True) if machine.compile else module
-               for name, module in trained.items()}
-    if machine.world_size > 1:
-        run.ddp = {name: DistributedDataParallel(module, gradient_as_bucket_view=True)
-                   for name, module in run.ddp.items()}
-    machine.print(f'{cfg.method}: ' + ', '.join(f'{name} of {sum(p.numel() for p in module.parameters()):,} parameters'
-                                                for name, module in {**trained, **frozen}.items()) +
-                  f'\n{cfg.iterations} iteration(s) of {groups_per_iteration(run):,} prompts, each with '
-                  f'{per_iteration} updates on {cfg.groups_per_step} prompts: {cfg.max_iters:,} updates')
+    with open_run(cfg, machine) as state, run.stop as stop:
+        if state is not None:
+            with restoring(cfg):
+                machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
+                for name, module in trained.items():
+                    module.load_state_dict(state[name])
+                updates.load_state_dict(state)
+                tokens, seconds, best, evaluated, ended, lead, facts, digest = (state[k] for k in (
+                    'tokens', 'seconds', 'best', 'evaluated', 'ended', 'lead', 'facts', 'batch_sha256'))
+                run.step, run.sampled_tokens, run.selves = (state[k] for k in ('step', 'sampled_tokens', 'selves'))
+            past_self(run, 0)  # refuses another one
+            if run.step % per_iteration:
+                batch = read_iteration(run, run.step // per_iteration, digest)
+            del state
+        machine.on_rank_0(lambda: start_files(cfg, run.step))
+        machine.on_rank_0(lambda: start_folders(run, start))
+        metrics, samples_log = Metrics(cfg, machine, run.step), Metrics(cfg, machine, run.step, 'samples.jsonl')
+        run.ddp = {name: torch.compile(module, dynamic=True) if machine.compile else module
+                   for name, module in trained.items()}
+        if machine.world_size > 1:
+            run.ddp = {name: DistributedDataParallel(module, gradient_as_bucket_view=True)
+                       for name, module in run.ddp.items()}
+        machine.print(f'{cfg.method}: ' +
+                      ', '.join(f'{name} of {sum(p.numel() for p in module.parameters()):,} parameters'
+                                for name, module in {**trained, **frozen}.items()) +
+                      f'\n{cfg.iterations} iteration(s) of {groups_per_iteration(run):,} prompts, each with '
+                      f'{per_iteration} updates on {cfg.groups_per_step} prompts: {cfg.max_iters:,} updates')
 
-    def weights():
-        return dict(described, step=run.step, tokens=tokens,
-                    **{name: module.state_dict() for name, module in trained.items()})
+        def weights():
+            return dict(described, step=run.step, tokens=tokens,
+                        **{name: module.state_dict() for name, module in trained.items()})
 
-    def save_state():
-        # a resume at step 0 evaluates again, for it cuts metrics.jsonl there
-        state = dict(weights(), seconds=time.perf_counter() - began, best=best,
-                     evaluated=evaluated if run.step else -1, ended=ended,
-                     lead=lead, facts=facts, sampled_tokens=run.sampled_tokens, selves=run.selves,
-                     batch_sha256=digest if run.step % per_iteration else '', **updates.state_dict())
-        machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state))  # nobody goes on before the file is whole
+        def save_state():
+            # a resume at step 0 evaluates again, for it cuts metrics.jsonl there
+            state = dict(weights(), seconds=time.perf_counter() - began, best=best,
+                         evaluated=evaluated if run.step else -1, ended=ended,
+                         lead=lead, facts=facts, sampled_tokens=run.sampled_tokens, selves=run.selves,
+                         batch_sha256=digest if run.step % per_iteration else '', **updates.state_dict())
+            machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state))  # nobody goes on before the file is whole
 
-    def save_if_best(result):
-        nonlocal best
-        # the test split chooses nothing
-        value = result[method.best] if method.best and cfg.eval_split != 'test' else run.step
-        if value > best:
-            best = value
-            save_checkpoint(cfg.out_dir, weights(), 'best.pt')
+        def save_if_best(result):
+            nonlocal best
+            # the test split chooses nothing
+            value = result[method.best] if method.best and cfg.eval_split != 'test' else run.step
+            if value > best:
+                best = value
+                save_checkpoint(cfg.out_dir, weights(), 'best.pt')
 
-    began, saved_step = time.perf_counter() - seconds, run.step if run.step else None
-    mark = tokens + run.sampled_tokens, time.perf_counter()
-    with run.stop as stop:
+        began, saved_step = time.perf_counter() - seconds, run.step if run.step else None
+        mark = tokens + run.sampled_tokens, time.perf_counter()
         with contextlib.suppress(Stopped):
             while True:
                 done = ended or run.step >= cfg.max_iters
@@ -516,8 +517,8 @@ def main(cfg):
                 lr, grad_norm = lr_at(run.step, cfg), updates.step(run.step + 1, save_state)
                 run.step += 1
                 tokens += share['tokens']
-                *sums, interrupted, terminated = machine.sum(torch.stack(list(stats.values())).tolist() + stop.flags())
-                stats = dict(zip(stats, sums))
+                sums = machine.sum(torch.stack(list(stats.values())).tolist() + stop.flags())
+                stats, signals = dict(zip(stats, sums)), sums[len(stats):]
                 facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
                 if run.step == 1:
                     machine.print(f'first update: {in_words(stats)}')
@@ -549,7 +550,7 @@ def main(cfg):
                     machine.print(f'step {run.step}/{cfg.max_iters} {run.step / cfg.max_iters:.0%} '
                                   f'{in_words({**facts, **stats})}, norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, '
                                   f'ETA {timedelta(seconds=round(eta))}')
-                if interrupted or terminated:
+                if any(signals):
                     break
         if run.step != saved_step:
             save_state()

@@ -5,6 +5,7 @@
 """
 import atexit
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -31,6 +32,9 @@ from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 DTYPES = 'auto', 'float32', 'bfloat16', 'float16'
 MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients that end a run
+RANK_TIMEOUT = 180         # seconds that ranks wait for each other; a dead one must not hold the run for torch's 1800
+LOCK_TIMEOUT = 10          # seconds that a run waits for another one to leave its folder
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, a scheduler, a terminal that has closed
 LOGIT_ROWS = 256           # rows of logits that an evaluation holds at once
 ECE_BINS = 15              # of equal width, over the confidence of the likeliest token
 # what overwrite deletes, and the options that may differ between a run and its exact resume
@@ -150,7 +154,11 @@ class Machine(NamedTuple):
 
     def print(self, *args):
         if self.rank == 0:
-            print(*args, flush=True)
+            try:
+                print(*args, flush=True)
+            except OSError:  # nobody reads this any more: as if the terminal had closed, which nohup ignores
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                os.kill(os.getpid(), signal.SIGHUP)
 
 
 def setup(device='auto', dtype='auto', compile=False):
@@ -164,8 +172,13 @@ def setup(device='auto', dtype='auto', compile=False):
     if kind == 'cuda':
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        # short, so that a dead rank ends the run instead of holding it for the default 30 minutes
-        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(seconds=180))
+        timeout = timedelta(seconds=RANK_TIMEOUT)
+        store, *_ = next(dist.rendezvous('env://', timeout=timeout))
+        if world_size == int(os.environ.get('LOCAL_WORLD_SIZE', 0)):
+            # --max-restarts keeps one store: ranks must not find the addresses of those that died before them
+            store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', store=store, rank=rank,
+                                world_size=world_size, timeout=timeout)
         atexit.register(dist.destroy_process_group)
     if dtype != 'auto':
         dtype, why = getattr(torch, dtype), 'as asked'
@@ -213,42 +226,90 @@ def seed_everything(seed, step, rank):
 
 
 class StopSignal:
-    """While it is open, Ctrl-C and SIGTERM only set a flag, and the loop saves and ends at its next step."""
-    number = 0
+    """While it is open, STOP_SIGNALS only set a flag, and the loop saves and ends at its next step.
+
+    So does the death of torchrun, which a kill -9 of it leaves to its workers to notice.
+    """
+    caught = 0
 
     def __enter__(self):
-        self.handlers = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.parent = os.getppid()
+        self.handlers = {n: signal.signal(n, self.catch) for n in STOP_SIGNALS
+                         if signal.getsignal(n) != signal.SIG_IGN}  # nohup stays in force
         return self
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def note(self, number, frame):
-        self.number = number
+    def catch(self, number, frame):
+        self.caught = number
+
+    @property
+    def number(self):
+        """The signal that has come, or 0."""
+        orphaned = dist.is_initialized() and os.getppid() != self.parent
+        return self.caught or (signal.SIGTERM if orphaned else 0)
 
     def flags(self):
-        return [self.number == signal.SIGINT, self.number == signal.SIGTERM]
+        number = self.number
+        return [number == n for n in STOP_SIGNALS]
 
 
 # The run's folder ----------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
 def open_run(cfg, machine):
-    """Makes out_dir fit to write, and returns the state to resume from, or None for a new run."""
+    """Makes out_dir this run's alone, and gives the state to resume from, or None for a new run."""
     out = Path(cfg.out_dir)
-    if cfg.resume and list(out.glob('ckpt_*.pt')):
-        return load_checkpoint(out)
-    if cfg.resume:
-        machine.print(f'nothing to resume in {out}: starting at step 0')
-    elif out.exists() and any(out.iterdir()) and not cfg.overwrite:
-        raise Refusal(f'{out} is not empty; add --resume=True to go on with the run in it, --overwrite=True to delete '
-                      f'that run, or choose another --out_dir')
-    machine.sum([0])  # every rank has looked before one of them writes
-    if machine.rank == 0 and cfg.overwrite:
-        for path in (path for pattern in RUN_FILES for path in out.glob(pattern)):
-            path.unlink()
-    return None
+    folder = machine.on_rank_0(lambda: lock(out))
+    try:
+        resumable = bool(list(out.glob('ckpt_*.pt')))
+        if cfg.resume and not resumable:
+            if (out / 'best.pt').exists() and (step := load_checkpoint(out, 'best.pt')['step']):
+                raise Refusal(f'{out} has lost its checkpoints, only best.pt of step {step} is left, which no run can '
+                              'go on from; choose another --out_dir, or delete it all with --overwrite=True')
+            machine.print(f'nothing to resume in {out}: starting at step 0')
+        elif not cfg.resume and not cfg.overwrite and out.exists() and any(out.iterdir()):
+            raise Refusal(f'{out} is not empty; add --resume=True to go on with the run in it, --overwrite=True to '
+                          f'delete that run, or choose another --out_dir')
+        machine.sum([0])  # every rank has looked before one of them writes
+        if machine.rank == 0 and cfg.overwrite:
+            for path in (path for pattern in RUN_FILES for path in out.glob(pattern)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield load_checkpoint(out) if cfg.resume and resumable else None
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def restoring(cfg):
+    """A checkpoint that lacks something, or holds it in another form, is refused before anything is written."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise Refusal(f'cannot resume, the checkpoint in {cfg.out_dir} is of another version of this program '
+                      f'({type(error).__name__}: {str(error).splitlines()[0]}); use that version, or choose another '
+                      '--out_dir') from error
+
+
+def lock(out):
+    """Opens the folder for this process alone, until it closes it or dies: two runs in one would mix their files."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder, last = os.open(out, os.O_RDONLY), time.monotonic() + LOCK_TIMEOUT
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return folder
+        except BlockingIOError:
+            if time.monotonic() > last:
+                os.close(folder)
+                raise Refusal(f'{out} is in use by another run; wait for its end, or choose another --out_dir')
+            time.sleep(0.1)  # it may be saving, at its end
+        except OSError:  # a file system without locks
+            return folder
 
 
 def describe(cfg, machine, model_config, data):
@@ -294,7 +355,7 @@ def start_files(cfg, step):
     """config.json; and away with checkpoints beyond the one resumed, which are damaged or of a future now undone."""
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / 'config.json', json.dumps(asdict(cfg), indent=1))
+    write_whole(out / 'config.json', json.dumps(asdict(cfg), indent=1))  # the first write: out_dir can be written
     for path in out.glob('ckpt_*.pt'):
         if path.name > f'ckpt_{step:08d}.pt':
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -314,12 +375,14 @@ class Metrics:
         for number, line in enumerate(lines, 1):
             try:
                 event = json.loads(line)
-            except ValueError:  # a writer was killed here
+                at, kind = event['step'], event['event']
+                # an evaluation follows its checkpoint, so the one of this very step is made again
+                stays = at < step or at == step and kind == 'train'
+            except (ValueError, TypeError, KeyError):  # a writer was killed here
                 if number < len(lines):
                     print(f'warning: {self.path} is damaged in line {number}; it and what follows are cut', flush=True)
                 return
-            # an evaluation follows its checkpoint, so the one of this very step is made again
-            if event['step'] < step or event['step'] == step and event['event'] == 'train':
+            if stays:
                 yield line.decode() + '\n'
 
     def write(self, event, **values):
@@ -334,7 +397,7 @@ def finish(cfg, machine, stop, step, done, seconds, hint=''):
     if any(signals) or not done:
         machine.print(f'stopped after step {step}, saved {cfg.out_dir}; continue with --resume=True')
     if any(signals):
-        sys.exit(128 + (signal.SIGINT if signals[0] else signal.SIGTERM))
+        sys.exit(128 + next(number for number, came in zip(STOP_SIGNALS, signals) if came))
     if machine.rank == 0 and done:
         try:
             picture = plot.plot([cfg.out_dir])
@@ -346,7 +409,10 @@ def finish(cfg, machine, stop, step, done, seconds, hint=''):
 
 def write_whole(path, text):
     temporary = path.with_name(f'.{path.name}.tmp')
-    temporary.write_text(text)
+    with open(temporary, 'w') as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
@@ -410,6 +476,10 @@ class Updates:
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state['optimizer'])
+        for p, moments in self.optimizer.state.items():
+            if not moments['exp_avg'].shape == moments['exp_avg_sq'].shape == p.shape:  # torch looks at the count only
+                raise ValueError(f'moments of shape {tuple(moments["exp_avg"].shape)} for a parameter of '
+                                 f'{tuple(p.shape)}')
         self.scaler.load_state_dict(state['scaler'])
         self.skipped = state['skipped']
 
@@ -485,39 +555,39 @@ def main(cfg):
     updates = Updates([model], cfg, machine)
     described = describe(cfg, machine, model_config, data)
     step, tokens, seconds, best = 0, 0, 0.0, math.inf
-    state = open_run(cfg, machine)
-    if state is not None:
-        machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
-        model.load_state_dict(state['model'])
-        updates.load_state_dict(state)
-        step, tokens, seconds, best = (state[k] for k in ('step', 'tokens', 'seconds', 'best'))
-        del state
-    machine.on_rank_0(lambda: start_files(cfg, step))
-    metrics = Metrics(cfg, machine, step)
+    with open_run(cfg, machine) as state, StopSignal() as stop:
+        if state is not None:
+            with restoring(cfg):
+                machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
+                model.load_state_dict(state['model'])
+                updates.load_state_dict(state)
+                step, tokens, seconds, best = (state[k] for k in ('step', 'tokens', 'seconds', 'best'))
+            del state
+        machine.on_rank_0(lambda: start_files(cfg, step))
+        metrics = Metrics(cfg, machine, step)
 
-    forward = torch.compile(model) if machine.compile else model
-    if machine.world_size > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    share = range(machine.rank * cfg.batch_size // machine.world_size,
-                  (machine.rank + 1) * cfg.batch_size // machine.world_size)  # this rank's rows of the global batch
-    micro = min(cfg.micro_batch_size or len(share), len(share))
-    peak = matmul_peak(machine)
-    machine.print(f'parameters {sum(p.numel() for p in model.parameters()):,}, vocabulary {model_config.vocab_size:,}, '
-                  f'T_{cfg.taylor_order} loss\n'
-                  f'{cfg.max_iters:,} steps of {cfg.batch_size} x {cfg.block_size} tokens: '
-                  f'{machine.world_size} rank(s) x {math.ceil(len(share) / micro)} micro-batch(es) of {micro}\n'
-                  f'{len(documents.tokens):,} training tokens; MFU is measured against {peak / 1e9:,.0f} GFLOP/s')
+        forward = torch.compile(model) if machine.compile else model
+        if machine.world_size > 1:
+            forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+        share = range(machine.rank * cfg.batch_size // machine.world_size,
+                      (machine.rank + 1) * cfg.batch_size // machine.world_size)  # this rank's rows of the global batch
+        micro = min(cfg.micro_batch_size or len(share), len(share))
+        peak = matmul_peak(machine)
+        machine.print(f'parameters {sum(p.numel() for p in model.parameters()):,}, '
+                      f'vocabulary {model_config.vocab_size:,}, T_{cfg.taylor_order} loss\n'
+                      f'{cfg.max_iters:,} steps of {cfg.batch_size} x {cfg.block_size} tokens: '
+                      f'{machine.world_size} rank(s) x {math.ceil(len(share) / micro)} micro-batch(es) of {micro}\n'
+                      f'{len(documents.tokens):,} training tokens; MFU is measured against {peak / 1e9:,.0f} GFLOP/s')
 
-    def weights():
-        return dict(described, step=step, tokens=tokens, model=model.state_dict())
+        def weights():
+            return dict(described, step=step, tokens=tokens, model=model.state_dict())
 
-    def save_state():
-        state = dict(weights(), seconds=time.perf_counter() - start, best=best, **updates.state_dict())
-        machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state))  # nobody goes on before the file is whole
+        def save_state():
+            state = dict(weights(), seconds=time.perf_counter() - start, best=best, **updates.state_dict())
+            machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state))  # nobody goes on before the file is whole
 
-    start, saved_step = time.perf_counter() - seconds, step if step else None
-    mark = step, tokens, time.perf_counter()  # of the last line of the log, for the speed since then
-    with StopSignal() as stop:
+        start, saved_step = time.perf_counter() - seconds, step if step else None
+        mark = step, tokens, time.perf_counter()  # of the last line of the log, for the speed since then
         while True:
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 if step and step != saved_step:

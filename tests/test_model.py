@@ -146,7 +146,7 @@ def test_sampling_follows_the_distribution_and_never_leaves_it():
 
 
 def state(step, n=2000):
-    return dict(step=step, model={'w': torch.full((n,), float(step))}, config=dict(a=1, b='x', c=None, d=(1.5, True)))
+    return dict(step=step, weights={'w': torch.full((n,), float(step))}, config=dict(a=1, b='x', c=None, d=(1.5, True)))
 
 
 def test_checkpoints_come_back_and_the_last_two_stay(tmp_path):
@@ -155,7 +155,7 @@ def test_checkpoints_come_back_and_the_last_two_stay(tmp_path):
     save_checkpoint(tmp_path, state(2), 'best.pt')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['best.pt', 'ckpt_00000002.pt', 'ckpt_00000003.pt']
     back = load_checkpoint(tmp_path)
-    assert back['step'] == 3 and torch.equal(back['model']['w'], state(3)['model']['w'])
+    assert back['step'] == 3 and torch.equal(back['weights']['w'], state(3)['weights']['w'])
     assert back['config'] == state(3)['config'] and load_checkpoint(tmp_path, 'best.pt')['step'] == 2
     assert load_checkpoint(tmp_path / 'ckpt_00000002.pt')['step'] == 2
 
@@ -173,7 +173,7 @@ def test_a_damaged_latest_checkpoint_is_passed_over(tmp_path, capsys):
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
         found = load_checkpoint(tmp_path)
-        assert found['step'] == 1 or torch.equal(found['model']['w'], state(2)['model']['w']), place
+        assert found['step'] == 1 or torch.equal(found['weights']['w'], state(2)['weights']['w']), place
     path.unlink()
     path.mkdir()
     assert load_checkpoint(tmp_path)['step'] == 1
@@ -191,7 +191,7 @@ class Payload:
 
 def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(dict(step=1, model=Payload()), tmp_path / 'ckpt_00000001.pt')
+    torch.save(dict(step=1, weights=Payload()), tmp_path / 'ckpt_00000001.pt')
     with pytest.raises(Refusal):
         load_checkpoint(tmp_path)
     assert not os.path.exists('ran')

@@ -293,7 +293,7 @@ def test_evaluation_by_brute_force(cut, dataset, split):
     machine = train.setup('cpu')
     with train.StopSignal() as stop:
         got = train.evaluate(model, documents, cfg, machine, 2, stop)
-        stop.number = signal.SIGTERM
+        stop.caught = signal.SIGTERM
         assert train.evaluate(model, documents, cfg, machine, 2, stop) is None
     assert model.training
 

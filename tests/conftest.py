@@ -1,0 +1,12 @@
+"""What pytest runs when it is not told: everything but what takes long."""
+import hypothesis
+
+hypothesis.settings.register_profile('suite', max_examples=100, derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile('long', max_examples=20_000, deadline=None, database=None,
+                                     suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.load_profile('suite')
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'soak: hundreds of killed runs; python -m pytest -m soak')
+    config.option.markexpr = config.option.markexpr or 'not soak'

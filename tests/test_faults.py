@@ -1,0 +1,448 @@
+"""Real faults in real processes: killed, stopped, hung, orphaned and crowded runs; full disks; broken pipes.
+
+Every run that is cut short goes on with --resume=True and must end bit for bit like the run that was left alone. How
+many kills the soak makes, of each kind of run: NANOTAYLOR_KILLS, 100 unless set.
+"""
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import prepare_shp
+import preference
+import test_preference
+import test_train
+import train
+from configurator import Refusal
+from model import load_checkpoint
+from toy_shp import toy_rows
+
+ROOT = Path(__file__).parent.parent
+SOAK = int(os.environ.get('NANOTAYLOR_KILLS', 100))
+KINDS = 'train', *test_preference.METHODS
+folder = test_preference.folder  # a working directory with data, a start, a teacher and a reward model
+TRAIN = dict(max_iters=40, eval_interval=6, dropout=0.1, micro_batch_size=3)
+PREFERENCE = dict(iterations=3, eval_interval=3)
+
+
+@pytest.fixture(autouse=True)
+def work(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def config(kind, out_dir, **changes):
+    if kind == 'train':
+        return test_train.config(out_dir, **{**TRAIN, **changes})
+    return test_preference.config(out_dir, kind, **{**PREFERENCE, **changes})
+
+
+def assert_same_run(kind, a, b):
+    (test_train if kind == 'train' else test_preference).assert_same_run(a, b)
+    for sub in ('', 'iterations', 'selves'):
+        names = [{p.name for p in (out / sub).glob('*')} for out in (a, b)]
+        assert names[0] == names[1]
+    best = [load_checkpoint(out, 'best.pt') for out in (a, b)]
+    assert best[0]['step'] == best[1]['step']
+    for part in {'model', 'reward_model', 'critic'} & set(best[0]):
+        assert all(torch.equal(w, best[1][part][name]) for name, w in best[0][part].items())
+
+
+# Killed at any moment -----------------------------------------------------------------------------------------------
+
+
+def whole_run(folder, kind, cfg, log):
+    os.chdir(folder)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 1)
+    os.dup2(1, 2)
+    torch.set_num_threads(1)
+    (train if kind == 'train' else preference).main(cfg)
+
+
+@pytest.fixture(scope='module')
+def processes():
+    """Processes that begin where torch is already imported: a killed one costs no seconds."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['preference'])
+    return context
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kills', [5, pytest.param(SOAK, marks=pytest.mark.soak)])
+def test_kill_9_at_random_moments(tmp_path, folder, processes, kind, kills):
+    """Start-up, collections, generation, updates, evaluations, saves: a kill may fall into any."""
+    def start(cfg):
+        process = processes.Process(target=whole_run, args=(folder, kind, cfg, tmp_path / 'log'))
+        process.start()
+        return process
+
+    whole, killed = config(kind, tmp_path / 'whole'), config(kind, tmp_path / 'killed', resume=True)
+    began = time.perf_counter()
+    process = start(whole)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / 'log').read_text()
+    length, rng, hits, ends = time.perf_counter() - began, random.Random(f'{kind} {kills}'), 0, 0
+    while hits < kills:
+        process = start(killed)
+        process.join(rng.uniform(0, length))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / 'log').read_text()[-3000:]
+        hits += process.exitcode != 0
+        if process.exitcode == 0 and hits < kills:  # it reached its end: compared, and begun anew
+            assert_same_run(kind, tmp_path / 'whole', tmp_path / 'killed')
+            (tmp_path / 'killed').rename(tmp_path / f'ended{ends}')
+            ends += 1
+        elif list((tmp_path / 'killed').glob('ckpt_*.pt')):
+            load_checkpoint(tmp_path / 'killed')
+    process = start(killed)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / 'log').read_text()[-3000:]
+    assert_same_run(kind, tmp_path / 'whole', tmp_path / 'killed')
+    print(f'{kind}: {hits} kills, {ends + 1} runs brought to their end')
+
+
+# Ranks --------------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """torchrun with two ranks that print their process numbers, and a fault in Python among them."""
+
+    def __init__(self, tmp_path, kind, fault='', restarts=0, **changes):
+        script, self.pids = tmp_path / 'ranks.py', {}
+        script.write_text(f'import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n'
+                          'import configurator, preference, train\nrank = int(os.environ["RANK"])\n'
+                          'print("rank", rank, "is process", os.getpid(), flush=True)\n' + fault +
+                          f'\nm = {"train" if kind == "train" else "preference"}\nconfigurator.run(m.main, m.Config)\n')
+        source = test_train.command if kind == 'train' else test_preference.command
+        method = [] if kind == 'train' else [kind]
+        options = source(tmp_path / 'run', *method, '--resume=True',
+                         **{**(TRAIN if kind == 'train' else PREFERENCE), **changes})[2:]
+        # in a session of its own, so that nothing of it outlives the test
+        self.process = subprocess.Popen(
+            [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone',
+             f'--max-restarts={restarts}', '--monitor-interval=0.1', str(script), *options], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        self.output = []
+
+    def until(self, words):
+        for line in self.process.stdout:
+            self.output.append(line)
+            if line.startswith('rank '):
+                _, rank, *_, pid = line.split()
+                self.pids[int(rank)] = int(pid)
+            if line.startswith(words):
+                return
+        raise AssertionError(''.join(self.output))
+
+    def end(self, seconds=60):
+        """-> the exit code; by then no rank is left."""
+        rest, _ = self.process.communicate(timeout=seconds)
+        self.output.append(rest)
+        last = time.monotonic() + seconds
+        while any(map(alive, self.pids.values())):
+            assert time.monotonic() < last, 'a rank lives on'
+            time.sleep(0.1)
+        return self.process.returncode
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.stdout.close()
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except ProcessLookupError:
+        return False
+    except OSError:  # no /proc: macOS
+        return True
+
+
+def finish_and_compare(tmp_path, kind, **changes):
+    """The run goes on with two ranks, and ends like one that was left alone."""
+    with Ranks(tmp_path, kind, **changes) as ranks:
+        assert ranks.end() == 0, ''.join(ranks.output)
+    (tmp_path / 'alone').mkdir()
+    with Ranks(tmp_path / 'alone', kind, **changes) as ranks:
+        assert ranks.end() == 0, ''.join(ranks.output)
+    assert_same_run(kind, tmp_path / 'alone' / 'run', tmp_path / 'run')
+
+
+@pytest.mark.parametrize('kind', ['train', 'spin'])
+def test_a_rank_killed_ends_the_run_and_nothing_is_lost(tmp_path, kind):
+    with Ranks(tmp_path, kind) as ranks:
+        ranks.until('step 8/')
+        os.kill(ranks.pids[1], signal.SIGKILL)
+        assert ranks.end() != 0
+    assert load_checkpoint(tmp_path / 'run')['step'] >= 6
+    finish_and_compare(tmp_path, kind)
+
+
+def test_restarts_of_torchrun_bring_a_killed_run_to_its_end(tmp_path):
+    with Ranks(tmp_path, 'train', restarts=2) as ranks:
+        for step in ('step 8/', 'step 20/'):
+            ranks.until(step)
+            os.kill(ranks.pids[0], signal.SIGKILL)
+        assert ranks.end() == 0, ''.join(ranks.output)
+    finish_and_compare(tmp_path, 'train')  # has nothing left to do
+
+
+def test_an_exception_on_one_rank_ends_both(tmp_path):
+    fault = ('sound, calls = train.lr_at, []\n'
+             'def lr_at(step, cfg):\n'
+             '    if rank and step == 8:\n'
+             '        raise MemoryError("no more of it")\n'
+             '    return sound(step, cfg)\n'
+             'train.lr_at = lr_at\n')
+    with Ranks(tmp_path, 'train', fault) as ranks:
+        assert ranks.end() != 0 and 'no more of it' in ''.join(ranks.output)
+    assert load_checkpoint(tmp_path / 'run')['step'] == 6
+    finish_and_compare(tmp_path, 'train')
+
+
+def test_a_rank_that_hangs_is_not_waited_for_for_ever(tmp_path):
+    fault = ('train.RANK_TIMEOUT, sound = 3, train.lr_at\n'
+             'def lr_at(step, cfg):\n'
+             '    if rank and step == 8:\n'
+             '        time.sleep(8)\n'
+             '    return sound(step, cfg)\n'
+             'train.lr_at = lr_at\n')
+    with Ranks(tmp_path, 'train', fault) as ranks:
+        assert ranks.end() != 0, ''.join(ranks.output)
+    assert load_checkpoint(tmp_path / 'run')['step'] == 6
+
+
+def test_ranks_whose_torchrun_was_killed_save_and_end(tmp_path):
+    with Ranks(tmp_path, 'train', max_iters=100_000, eval_interval=50_000) as ranks:
+        ranks.until('step 20/')
+        ranks.process.kill()
+        ranks.end()
+    step = load_checkpoint(tmp_path / 'run')['step']
+    assert 20 <= step < 100_000
+    finish_and_compare(tmp_path, 'train', max_iters=100_000, eval_interval=50_000, stop_step=step + 5)
+
+
+def test_sigterm_to_one_rank_stops_both_at_one_step(tmp_path):
+    with Ranks(tmp_path, 'train', max_iters=100_000, eval_interval=50_000) as ranks:
+        ranks.until('step 20/')
+        os.kill(ranks.pids[1], signal.SIGTERM)
+        assert ranks.end() != 0
+    step = load_checkpoint(tmp_path / 'run')['step']
+    assert f'stopped after step {step}, saved' in ''.join(ranks.output)
+
+
+@pytest.mark.parametrize('kind, name', [('train', 'linear_taylor_loss'), ('dpo', 'plackett_luce_loss')])
+def test_a_nan_on_one_rank_reaches_no_parameter_of_any(tmp_path, kind, name):
+    module = 'train' if kind == 'train' else 'preference'
+    fault = (f'sound, calls = {module}.{name}, []\n'
+             'def broken(*args):\n'
+             '    result = sound(*args)\n'
+             '    calls.append(1)\n'
+             '    if rank == 0 or len(calls) not in (3, 4):\n'
+             '        return result\n'
+             '    return result._replace(loss=result.loss * float("nan")) if hasattr(result, "loss") else '
+             'result * float("nan")\n'
+             f'{module}.{name} = broken\n')
+    with Ranks(tmp_path, kind, fault, stop_step=6, micro_groups=100, micro_batch_size=100) as ranks:
+        assert ranks.end() == 0, ''.join(ranks.output)
+    assert 'its update is skipped' in ''.join(ranks.output)
+    assert test_train.metrics(tmp_path / 'run', 'train')[-1]['skipped'] >= 1
+    assert all(w.isfinite().all() for w in load_checkpoint(tmp_path / 'run')['model'].values())
+
+
+# Signals, terminals, folders ----------------------------------------------------------------------------------------
+
+
+def running(tmp_path, step, **options):
+    """A run in a process of its own, which has just said that it reached `step`."""
+    process = subprocess.Popen(test_train.command(tmp_path / 'run', max_iters=4000, eval_interval=2000, dropout=0.1),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    for line in process.stdout:
+        if line.startswith(f'step {step}/'):
+            return process
+    raise AssertionError('it ended early')
+
+
+def test_a_closed_terminal_stops_the_run_and_nohup_does_not(tmp_path):
+    process = running(tmp_path, 20)
+    process.send_signal(signal.SIGHUP)
+    assert 'stopped after step' in process.communicate()[0] and process.returncode == 129
+    assert load_checkpoint(tmp_path / 'run')['step'] >= 20
+    (tmp_path / 'run').rename(tmp_path / 'first')
+    process = running(tmp_path, 20, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    for line in process.stdout:
+        if line.startswith('step 60/'):
+            break
+    process.terminate()
+    assert 'stopped after step' in process.communicate()[0] and process.returncode == 143
+
+
+def test_a_run_that_nobody_listens_to_any_more_is_saved(tmp_path):
+    process = running(tmp_path, 20)
+    process.stdout.close()  # as tee or head would
+    assert process.wait(60) == 129
+    assert load_checkpoint(tmp_path / 'run')['step'] >= 20
+
+
+def test_signals_during_a_save(tmp_path, monkeypatch):
+    """Ctrl-C twice, before the file is renamed and after: the save ends as if nothing had come, then the run."""
+    cfg = config('train', tmp_path / 'whole')
+    train.main(cfg)
+    replace_file = os.replace
+
+    def interrupted(source, target):
+        if str(target).endswith('ckpt_00000012.pt'):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', interrupted)
+        with pytest.raises(SystemExit) as end:
+            train.main(replace(cfg, out_dir=str(tmp_path / 'cut')))
+    assert end.value.code == 130 and load_checkpoint(tmp_path / 'cut')['step'] == 12
+    train.main(replace(cfg, out_dir=str(tmp_path / 'cut'), resume=True))
+    assert_same_run('train', tmp_path / 'whole', tmp_path / 'cut')
+
+
+def test_one_folder_is_for_one_run(tmp_path, monkeypatch):
+    """Two runs in one folder would mix their lines and delete each other's checkpoints."""
+    monkeypatch.setattr(train, 'LOCK_TIMEOUT', 0.3)
+    process = running(tmp_path, 5)
+    for changes in (dict(resume=True), dict(overwrite=True), {}):
+        with pytest.raises(Refusal, match='run is in use by another run; wait for its end'):
+            train.main(test_train.config(tmp_path / 'run', **changes))
+    process.terminate()
+    assert 'stopped after step' in process.communicate()[0] and process.returncode == 143
+    with pytest.raises(Refusal, match='is not empty'):
+        train.main(test_train.config(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize('kind', ['train', 'spin'])
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path, capsys, kind):
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError, match='file'):
+        (train if kind == 'train' else preference).main(config(kind, tmp_path / 'file' / 'run'))
+    assert 'evaluation' not in capsys.readouterr().out
+
+
+def test_checkpoints_that_are_gone(tmp_path):
+    """best.pt is no checkpoint to go on from, and what it is worth must not be overwritten by a run from step 0."""
+    cfg = config('train', tmp_path / 'run', max_iters=12)
+    train.main(cfg)
+    best = (tmp_path / 'run' / 'best.pt').read_bytes()
+    for path in (tmp_path / 'run').glob('ckpt_*'):
+        path.unlink()
+    with pytest.raises(Refusal, match='has lost its checkpoints, only best.pt of step 12 is left'):
+        train.main(replace(cfg, resume=True))
+    assert (tmp_path / 'run' / 'best.pt').read_bytes() == best
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    cfg = config('train', tmp_path / 'run', max_iters=6)
+    train.main(cfg)
+    path = tmp_path / 'run' / 'ckpt_00000006.pt'
+    state = load_checkpoint(path)
+    moments = state['optimizer']['state'][0]
+    for broken, words in (({k: v for k, v in state.items() if k != 'tokens'}, 'tokens'),
+                          (dict(state, scaler=None), 'another version'),
+                          (dict(state, optimizer={**state['optimizer'], 'state': {
+                              **state['optimizer']['state'], 0: {**moments, 'exp_avg': torch.zeros(3)}}}), 'moments')):
+        torch.save(broken, path)
+        before = {p.name: p.read_bytes() for p in (tmp_path / 'run').iterdir()}
+        with pytest.raises(Refusal, match=f'another version of this program.*{words}|{words}'):
+            train.main(replace(cfg, resume=True, max_iters=12))
+        assert before == {p.name: p.read_bytes() for p in (tmp_path / 'run').iterdir()}
+
+
+def test_data_exchanged_under_a_run(tmp_path, monkeypatch):
+    (tmp_path / 'rows').mkdir()
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        for split, posts in dict(train=40, validation=6, test=6).items():
+            lines = (json.dumps(row) for row in toy_rows(split, posts, seed))
+            (tmp_path / 'rows' / f'{split}.json').write_text('\n'.join(lines) + '\n')
+        prepare_shp.prepare(prepare_shp.Config(dataset='small', source='rows', encoding='bytes', overwrite=True))
+        if seed == 0:
+            train.main(config('train', 'run', stop_step=6))
+    with pytest.raises(Refusal, match='of another dataset'):
+        train.main(config('train', 'run', resume=True))
+
+
+# Disks --------------------------------------------------------------------------------------------------------------
+
+
+def on_a_full_disk(arguments, size):
+    """The command where no file can grow beyond `size` bytes, as on a disk without room."""
+    return subprocess.run(arguments, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+
+@pytest.mark.parametrize('kind', ['train', 'spin'])
+def test_a_full_disk_ends_the_run_with_a_sentence_and_costs_nothing(tmp_path, kind):
+    cfg = config(kind, tmp_path / 'run')
+    main = (train if kind == 'train' else preference).main
+    main(replace(cfg, out_dir=str(tmp_path / 'whole')))
+    main(replace(cfg, stop_step=6))
+    before = {p: p.read_bytes() for p in (tmp_path / 'run').glob('*.pt')}
+    command = test_train.command if kind == 'train' else test_preference.command
+    method = [] if kind == 'train' else [kind]
+    options = TRAIN if kind == 'train' else PREFERENCE
+    for size in (50_000, 8_000):
+        done = on_a_full_disk(command(tmp_path / 'run', *method, '--resume=True', **options), size)
+        assert done.returncode == 1 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1, done.stderr
+        assert 'disk full?' in done.stderr or 'File too large' in done.stderr
+        assert before == {p: p.read_bytes() for p in (tmp_path / 'run').glob('*.pt')}
+        assert not list((tmp_path / 'run').rglob('*tmp*'))
+    main(replace(cfg, resume=True))
+    assert_same_run(kind, tmp_path / 'whole', tmp_path / 'run')
+
+
+def test_a_full_disk_leaves_no_half_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('rows.jsonl').write_text('\n'.join(json.dumps(row) for row in toy_rows('train', 300, 0)))
+    command = [sys.executable, str(ROOT / 'prepare_shp.py'), '--dataset=d', '--source=rows.jsonl', '--encoding=bytes']
+    done = on_a_full_disk(command, 20_000)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
+    assert done.stderr.startswith('error: data/d could not be written')
+    assert os.listdir('data') == []
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+# Python -------------------------------------------------------------------------------------------------------------
+
+
+def test_without_assertions(tmp_path):
+    """python -O: what guards a run is no assert."""
+    command = test_train.command(tmp_path / 'run', max_iters=12)
+    subprocess.run([command[0], '-O', *command[1:]], check=True, capture_output=True)
+    subprocess.run(test_train.command(tmp_path / 'plain', max_iters=12), check=True, capture_output=True)
+    test_train.assert_same_run(tmp_path / 'run', tmp_path / 'plain')
+    done = subprocess.run([command[0], '-O', *command[1:]], capture_output=True, text=True)
+    assert done.returncode == 1 and 'is not empty' in done.stderr
+
+
+def test_a_nan_in_a_preference_evaluation_chooses_no_best(tmp_path, monkeypatch):
+    sound = preference.evaluate
+    monkeypatch.setattr(preference, 'evaluate', lambda *args: dict(sound(*args), rank_accuracy=math.nan))
+    preference.main(config('dpo', tmp_path / 'run', iterations=1))
+    assert not (tmp_path / 'run' / 'best.pt').exists()
