@@ -319,16 +319,18 @@ def _damage(path):
 
 
 def _misfit(state):
-    """Why what a sound archive holds is none of our checkpoints, or ''."""
+    """Why what a sound archive holds is none of our checkpoints, or None."""
     if not isinstance(state, dict) or type(state.get('step')) is not int or state['step'] < 0:
         return 'it was not made by this program'
     modules = [name for name in ('model', 'reward_model', 'critic') if name in state]
-    if modules and len(state[modules[0]]) < state['model_config']['n_layer']:
-        return 'its weights are not those of its model_config'  # before so many layers are made
+    if modules and not all(isinstance(state.get(name), dict) for name in (*modules, 'model_config')):
+        return 'it was not made by this program'
     for name in modules:
-        with torch.device('meta'):  # shapes without memory
-            module = GPT(GPTConfig(**state['model_config']))
-            module = module if name == 'model' else ScalarHead(module)
-        shapes = {key: w.shape for key, w in module.state_dict().items()}
+        shapes = {}
+        if len(state[name]) >= state['model_config']['n_layer']:  # else so many layers would be made for nothing
+            with torch.device('meta'):  # shapes without memory
+                module = GPT(GPTConfig(**state['model_config']))
+                module = module if name == 'model' else ScalarHead(module)
+            shapes = {key: w.shape for key, w in module.state_dict().items()}
         if {key: w.shape for key, w in state[name].items()} != shapes:
             return f'its {name} is not of its model_config'

@@ -39,8 +39,8 @@ from losses import (gae, implicit_reward, masked_mean, plackett_luce_loss, ppo_p
 from model import ScalarHead, load_checkpoint, save_checkpoint
 from prepare_shp import answer_tokens, group_batch, pick_groups
 from teachers import open_teacher
-from train import (Metrics, RunConfig, StopSignal, Updates, check_resume, describe, finish, lr_at, open_run, restoring,
-                   setup, start_files, write_whole)
+from train import (Metrics, RunConfig, StopSignal, Updates, check_resume, describe, finish, lr_at, open_run, progress,
+                   restoring, setup, start_files, write_whole)
 
 MARGIN_GROUPS = 512  # groups over which the lead of data over self is judged against its noise
 
@@ -439,10 +439,11 @@ def main(cfg):
                 for name, module in trained.items():
                     module.load_state_dict(state[name])
                 updates.load_state_dict(state)
-                tokens, seconds, best, evaluated, ended, lead, facts, digest = (state[k] for k in (
-                    'tokens', 'seconds', 'best', 'evaluated', 'ended', 'lead', 'facts', 'batch_sha256'))
-                run.step, run.sampled_tokens, run.selves = (state[k] for k in ('step', 'sampled_tokens', 'selves'))
-            past_self(run, 0)  # refuses another one
+                tokens, seconds, best, evaluated, ended, lead, facts, digest = progress(
+                    state, tokens=0, seconds=0.0, best=0.0, evaluated=0, ended=False, lead=lead, facts={'': 0.0},
+                    batch_sha256='')
+                run.step, run.sampled_tokens, run.selves = progress(state, step=0, sampled_tokens=0, selves={0: ''})
+                past_self(run, 0)  # refuses another one
             if run.step % per_iteration:
                 batch = read_iteration(run, run.step // per_iteration, digest)
             del state

@@ -34,6 +34,7 @@ from toy_shp import toy_rows
 DATA_DIR = 'data'
 VERSION = 2         # of the files' format
 END_OF_TEXT = '<|endoftext|>'
+VOCABULARIES = {'gpt2': 50257, 'bytes': 257}  # tokens, end-of-text among them
 SEPARATOR = '\nA:\n'
 SPLIT_SEED = 20240  # of splits and of the toy's rows: they are part of the data, not of a run
 HELD_OUT = 0.05     # of the prompts, for each of val and test where the source has none
@@ -66,8 +67,8 @@ class Config:
             yield f"source='{self.source}' needs a name for its folder under {DATA_DIR}/: add --dataset=NAME"
         if self.dataset and not re.fullmatch(r'[A-Za-z0-9_-][A-Za-z0-9_.-]*', self.dataset):
             yield f"dataset='{self.dataset}' is no folder name; use letters, digits, '_', '-' and '.', not first"
-        if self.encoding not in ('', 'gpt2', 'bytes'):
-            yield f"encoding='{self.encoding}' is not one of gpt2, bytes"
+        if self.encoding not in ('', *VOCABULARIES):
+            yield f"encoding='{self.encoding}' is not one of {', '.join(VOCABULARIES)}"
         if self.split not in ('post', 'row'):
             yield f"split='{self.split}' is not one of post, row"
         yield from at_least(self, 0, 'max_rows', 'min_score_ratio', 'max_answer_length', 'max_bad_fraction', 'workers')
@@ -588,13 +589,17 @@ def open_dataset(cfg):
         if differ:
             raise Refusal(f"{folder} was made with {', '.join(differ)}; ask for the same, choose another "
                           f'--dataset=NAME, or make it anew: {again} --overwrite=True')
+        if meta['encoding'] != made['encoding'] or meta['vocab_size'] != VOCABULARIES[made['encoding']]:
+            raise ValueError('the encoding of meta.json is not that of its options')
         dataset = Dataset(folder, meta, hashlib.sha256(json.dumps(meta['sha256'], sort_keys=True).encode()).hexdigest())
         for split in SPLITS:
             for name in [split + suffix for suffix in DOCUMENT_FILES] + [f'{split}_groups.npz']:
                 if _sha256(folder / name) != meta['sha256'][name]:
                     raise ValueError(f'{name} has not the sha256 of meta.json')
             _check(dataset.documents(split), dataset.groups(split), split, meta['vocab_size'])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Refusal:
+        raise
+    except Exception as error:  # json, zipfile, zlib and numpy have a dozen kinds for what damaged bytes can do
         raise Refusal(f'{folder} is damaged: {error}; make it anew: {again} --overwrite=True')
     return dataset
 

@@ -295,6 +295,21 @@ def restoring(cfg):
                       '--out_dir') from error
 
 
+def progress(state, **examples):
+    """The named entries of a checkpoint; TypeError for one of another kind than its example."""
+    def alike(x, example):
+        if isinstance(example, dict):  # any keys, values like the one there
+            return type(x) is dict and all(alike(y, part) for y in x.values() for part in example.values())
+        if isinstance(example, list):
+            return type(x) is list and len(x) == len(example) and all(map(alike, x, example))
+        return type(x) is type(example) or type(x) is int and type(example) is float
+
+    for name, example in examples.items():
+        if not alike(state[name], example):
+            raise TypeError(f'{name} is {str(state[name])[:80]}')
+    return [state[name] for name in examples]
+
+
 def lock(out):
     """Opens the folder for this process alone, until it closes it or dies: two runs in one would mix their files."""
     out.mkdir(parents=True, exist_ok=True)
@@ -475,13 +490,15 @@ class Updates:
         return dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), skipped=self.skipped)
 
     def load_state_dict(self, state):
-        self.optimizer.load_state_dict(state['optimizer'])
-        for p, moments in self.optimizer.state.items():
-            if not moments['exp_avg'].shape == moments['exp_avg_sq'].shape == p.shape:  # torch looks at the count only
-                raise ValueError(f'moments of shape {tuple(moments["exp_avg"].shape)} for a parameter of '
-                                 f'{tuple(p.shape)}')
+        # the options are this run's
+        self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=state['optimizer']['state']))
+        for group in self.optimizer.param_groups if self.optimizer.state else []:
+            for p in group['params']:  # torch does not look
+                shapes = {name: moment.shape for name, moment in self.optimizer.state[p].items()}
+                if shapes != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
+                    raise ValueError(f'moments of shapes {shapes} for a parameter of {tuple(p.shape)}')
         self.scaler.load_state_dict(state['scaler'])
-        self.skipped = state['skipped']
+        self.skipped, = progress(state, skipped=0)
 
 
 @torch.no_grad()
@@ -561,7 +578,7 @@ def main(cfg):
                 machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
                 model.load_state_dict(state['model'])
                 updates.load_state_dict(state)
-                step, tokens, seconds, best = (state[k] for k in ('step', 'tokens', 'seconds', 'best'))
+                step, tokens, seconds, best = progress(state, step=0, tokens=0, seconds=0.0, best=0.0)
             del state
         machine.on_rank_0(lambda: start_files(cfg, step))
         metrics = Metrics(cfg, machine, step)

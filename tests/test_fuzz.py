@@ -5,7 +5,6 @@
 import hashlib
 import json
 import os
-import random
 import shutil
 import types
 from dataclasses import dataclass
@@ -13,17 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import answers
 import configurator
 import plot
 import prepare_shp
+import preference
 import sample
 import teachers
 import test_preference
-import test_train
 import train
 from configurator import Refusal
 from model import load_checkpoint
@@ -75,7 +74,7 @@ SHP_ROW = st.fixed_dictionaries({}, optional={
 ROWS = st.one_of(
     SHP_ROW, JSON,
     st.builds(lambda row, key, junk: {**row, key: junk}, st.sampled_from(list(toy_rows('train', 3, 0))),
-              st.sampled_from(sorted(toy_rows('train', 1, 0)[0])), st.one_of(TEXT, NUMBER, JSON)),
+              st.sampled_from(sorted(next(iter(toy_rows('train', 1, 0))))), st.one_of(TEXT, NUMBER, JSON)),
     st.fixed_dictionaries(dict(prompt=st.one_of(TEXT, JSON), responses=st.one_of(st.lists(TEXT, max_size=4), JSON)),
                           optional=dict(scores=st.one_of(st.lists(NUMBER, max_size=4), JSON))),
     st.fixed_dictionaries(dict(chosen=st.one_of(TEXT, JSON), rejected=st.one_of(TEXT, JSON)),
@@ -283,6 +282,21 @@ def test_a_changed_checkpoint_is_used_or_refused(rng, junk):
         rng.choice(attempts)()
     except Refusal as refusal:
         assert str(refusal)
+
+
+@settings(max_examples=settings.default.max_examples // 5)
+@given(MUTATIONS, THINGS)
+def test_a_changed_checkpoint_of_a_preference_run_goes_on_or_is_refused(rng, junk):
+    shutil.rmtree('fuzzed_reward', ignore_errors=True)
+    shutil.copytree('reward', 'fuzzed_reward')
+    path = Path('fuzzed_reward/ckpt_00000012.pt')
+    torch.save(change(torch.load(path, weights_only=True), rng, junk), path)
+    Path('fuzzed_reward/ckpt_00000008.pt').unlink()
+    cfg = test_preference.config('fuzzed_reward', 'reward', eval_split='test', resume=True, stop_step=13, iterations=4)
+    try:
+        preference.main(cfg)
+    except Refusal as refusal:
+        assert 'fuzzed_reward' in str(refusal) or 'cannot resume' in str(refusal)
 
 
 START = dict(dataset='small', source='rows', encoding='bytes', device='cpu', n_layer=1, n_head=2, n_embd=32,

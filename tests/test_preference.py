@@ -784,7 +784,10 @@ def test_refusals_are_sentences_and_cost_nothing(tmp_path, changes, words):
     if changes.get('reward_model') == 'short' and not Path('short').exists():
         start = load_checkpoint('reward', 'best.pt')
         Path('short').mkdir()
-        save_checkpoint('short', dict(start, model_config=dict(start['model_config'], block_size=40)), 'best.pt')
+        weights = dict(start['reward_model'])
+        weights['gpt.transformer.wpe.weight'] = weights['gpt.transformer.wpe.weight'][:40].clone()
+        save_checkpoint('short', dict(start, reward_model=weights, model_config=dict(
+            start['model_config'], block_size=40)), 'best.pt')
     with pytest.raises(Refusal, match=words):
         preference.main(config(tmp_path / 'run', overwrite=True, **changes))
     assert [path.read_bytes() for path in (tmp_path / 'run').iterdir()] == [b'an earlier run']
