@@ -37,8 +37,8 @@ import toy_shp
 from answers import answer_log_prob, token_log_prob
 from configurator import Refusal, at_least, run
 from losses import chunk_rows_for, linear_taylor_loss, linear_token_log_prob, plackett_luce_loss
-from model import GPT, GPTConfig
-from train import (DEVICES, Config as TrainConfig, Updates, matmul_peak, peak_memory, setup, synchronize,
+from model import GPT, GPTConfig, save_checkpoint
+from train import (DEVICES, Config as TrainConfig, StopSignal, Updates, matmul_peak, peak_memory, setup, synchronize,
                    write_whole)
 
 VOCABULARY = 50257  # of gpt2; the heads' weights are padded
@@ -47,7 +47,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 @dataclass(frozen=True)
 class Config:
-    parts: tuple[str, ...] = ('head', 'step', 'preference', 'generate', 'tokenise', 'scaling')  # or ranks
+    parts: tuple[str, ...] = ('head', 'step', 'update', 'save', 'preference', 'generate', 'tokenise',
+                              'scaling')  # or ranks
     n_embd: tuple[int, ...] = (64, 1024)  # channels of the models of head and step
     n_layer: int = 1                      # of step and ranks
     n_head: int = 8                       # of step and ranks
@@ -192,6 +193,57 @@ def step(cfg, machine, n_embd):
             'train.py T_2, compiled, bfloat16': lambda: ours(BF16, True)}
 
 
+def update(cfg, machine, n_embd):
+    """The end of a training step, from finished gradients on, without and with what keeps a run safe."""
+    def gradients():
+        gpt = GPT(GPTConfig(VOCABULARY, cfg.block_size, cfg.n_layer, cfg.n_head, n_embd)).to(machine.device)
+        return gpt, [torch.full_like(p, 1e-3) for p in gpt.parameters()]
+
+    def plain():
+        gpt, given = gradients()
+        optimizer = torch.optim.AdamW(gpt.parameters(), fused=True)
+
+        def call():
+            for p, grad in zip(gpt.parameters(), given):
+                p.grad = grad
+            torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1e9)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return call
+
+    def guarded():
+        gpt, given = gradients()
+        updates, stop = Updates([gpt], TrainConfig(warmup_iters=0, grad_clip=1e9), machine), StopSignal()
+
+        def call():
+            for p, grad in zip(gpt.parameters(), given):
+                p.grad = grad
+            machine.sum([0, *stop.flags()])
+            updates.step(1, None)
+        return call
+
+    return {'clip_grad_norm_ and fused AdamW': plain,
+            'train.py: no step that is not finite, signals': guarded}
+
+
+def save(cfg, machine, n_embd):
+    """A checkpoint: weights and both moments, by torch.save alone and as it survives a kill at any moment."""
+    path = Path(cfg.out_dir) / f'save-{os.getpid()}'
+
+    def writer(write):
+        config = GPTConfig(VOCABULARY, cfg.block_size, cfg.n_layer, cfg.n_head, n_embd)
+        state = dict(step=1, weights=[GPT(config).state_dict() for _ in range(3)])
+
+        def call():
+            path.mkdir(parents=True, exist_ok=True)
+            write(state)
+            shutil.rmtree(path)
+        return call
+
+    return {'torch.save': lambda: writer(lambda state: torch.save(state, path / 'ckpt.pt')),
+            'train.py: synced, checked, renamed': lambda: writer(lambda state: save_checkpoint(path, state))}
+
+
 def preference(cfg, machine, K, prompt=256, answer=64):
     """Plackett-Luce DPO on one prompt of 256 tokens with answers of 64, 6 layers x 384, forward and backward."""
     ids = torch.randint(VOCABULARY, (prompt + K * answer,)).tolist()
@@ -295,6 +347,8 @@ def tokenise(cfg, machine, count):
 
 PARTS = {'head': (head, 'channels', lambda cfg: cfg.n_embd),
          'step': (step, 'channels', lambda cfg: cfg.n_embd),
+         'update': (update, 'channels', lambda cfg: cfg.n_embd),
+         'save': (save, 'channels', lambda cfg: cfg.n_embd),
          'preference': (preference, 'answers', lambda cfg: (2, 4, 8)),
          'generate': (generate, 'prompts', lambda cfg: (1, 8, 32)),
          'tokenise': (tokenise, 'rows', lambda cfg: (20000,))}
@@ -372,7 +426,7 @@ def compare(cfg, machine, part, size):
     seconds = take_turns(machine, {name: make() for name, make in contenders.items()}, cfg.repeats)
     first, rows = next(iter(seconds.values())), []
     for name, times in seconds.items():
-        wanted = cfg.memory and part != 'tokenise'
+        wanted = cfg.memory and part not in ('update', 'save', 'tokenise')
         mib = in_own_process(extra_memory, cfg, machine, part, size, name) if wanted else None
         rows.append(dict(part=part, size=size, name=name, median_ms=1e3 * median(times), min_ms=1e3 * min(times),
                          times=median(a / b for a, b in zip(first, times)), mib=mib))
