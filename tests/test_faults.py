@@ -112,6 +112,36 @@ def test_kill_9_at_random_moments(tmp_path, folder, processes, kind, kills):
     print(f'{kind}: {hits} kills, {ends + 1} runs brought to their end')
 
 
+def one_prepare(folder, cfg):
+    os.chdir(folder)
+    prepare_shp.prepare(cfg)
+
+
+@pytest.mark.parametrize('kills', [5, pytest.param(SOAK, marks=pytest.mark.soak)])
+def test_a_killed_prepare_leaves_all_or_nothing(tmp_path, processes, monkeypatch, kills):
+    """Under a new name nothing, or the whole; a kill while it replaces a dataset may leave no dataset, but no mixture.
+    """
+    monkeypatch.chdir(tmp_path)
+    for name, count in (('old', 200), ('new', 300)):
+        Path(f'{name}.jsonl').write_text('\n'.join(json.dumps(row) for row in toy_rows('train', count, 0)))
+    old, new = (prepare_shp.Config(dataset='d', source=f'{name}.jsonl', encoding='bytes', workers=1, overwrite=True)
+                for name in ('old', 'new'))
+    began = time.perf_counter()
+    sound = [prepare_shp.prepare(cfg)['sha256'] for cfg in (old, new)]
+    length, rng, hits = time.perf_counter() - began, random.Random(kills), 0
+    while hits < kills:
+        process = processes.Process(target=one_prepare, args=(tmp_path, rng.choice([old, new])))
+        process.start()
+        process.join(rng.uniform(0, length))
+        process.kill()
+        process.join()
+        hits += process.exitcode != 0
+        if Path('data/d').exists():
+            assert prepare_shp.open_dataset(replace(old, overwrite=False)).meta['sha256'] in sound
+    assert prepare_shp.prepare(old)['sha256'] == sound[0] and os.listdir('data') == ['d']
+    print(f'prepare: {hits} kills')
+
+
 # Ranks --------------------------------------------------------------------------------------------------------------
 
 
