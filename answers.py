@@ -14,7 +14,7 @@ import torch
 import prepare_shp
 from configurator import Refusal
 from losses import linear_token_log_prob, taylor_loss
-from model import GPT, GPTConfig, ScalarHead, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, ScalarHead, checkpoints, load_checkpoint, load_weights, save_checkpoint
 from prepare_shp import pack
 
 DATA, TEACHER = -1, -2   # who wrote an answer; t >= 0 is pi_t
@@ -212,10 +212,8 @@ def load_run(cfg, option):
     """
     folder = getattr(cfg, option)
     where = Path(folder or f'out/{option}')
-    if where.is_dir() and (where / 'best.pt').exists():
-        return load_checkpoint(where, 'best.pt')
-    if where.is_file() or list(where.glob('ckpt_*.pt')):
-        return load_checkpoint(where)
+    if where.is_file() or where.is_dir() and ((where / 'best.pt').exists() or checkpoints(where)):
+        return load_weights(where, 'best.pt' if (where / 'best.pt').exists() else None)
     config, script = f'config/{where.name}.py', 'preference.py' if option == 'reward_model' else 'train.py'
     if Path(config).is_file():
         command = f'python {script} {config}'

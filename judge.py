@@ -98,6 +98,7 @@ def pair_statistics(scores, valid):
     confidence = gap.abs().sigmoid()
     bin = ((confidence.nan_to_num(0.5) - 0.5) * 2 * ECE_BINS).long().clamp(max=ECE_BINS - 1)
     error = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bin, right - confidence)
+    right = right.where(gap.isfinite(), torch.nan)  # a NaN must not be chosen as the best
     return right.mean().item(), gap.mean().item(), error.abs().sum().item() / len(gap)
 
 
@@ -193,7 +194,8 @@ def report_reward(run, samples, posts, reward):
     A ranking loss does not see the offset, and no optimizer moves it: it is set here alone.
     """
     offset = run.trained['reward_model'].offset
-    offset -= reward.mean().to(offset.device)
+    if reward.isfinite().all():
+        offset -= reward.mean().to(offset.device)
     reward -= reward.mean()  # the samples are shown with what the centred model says
     metrics = dict(reward_std=reward.std(correction=0).item())
     if is_toy(run):

@@ -270,16 +270,21 @@ def save_checkpoint(out_dir, state, name=None, keep=2):
             raise Refusal(f'{temporary} was not written correctly ({problem}); is the disk sound?')
         os.replace(temporary, path)
     except RuntimeError as error:  # torch's word for a write that failed
-        raise Refusal(f'{path} could not be written, is the disk full? ({str(error).splitlines()[0]})') from None
+        raise Refusal(f'{path} could not be written, is the disk full? ({first_line(error)})') from None
     finally:
         for rest in out_dir.glob('*.tmp-*'):  # of this save, if it failed, and of one that was killed
             rest.unlink()
     folder = os.open(out_dir, os.O_RDONLY)
     os.fsync(folder)  # the rename too must survive a power cut
     os.close(folder)
-    for old in sorted(out_dir.glob('ckpt_*.pt'))[:-keep]:
+    for old in checkpoints(out_dir)[:-keep]:
         old.unlink()
     return path
+
+
+def checkpoints(folder):
+    """The numbered checkpoints in `folder`, oldest first; a copy under a name of one's own is none of them."""
+    return sorted(path for path in Path(folder).glob('ckpt_*.pt') if path.stem.removeprefix('ckpt_').isdigit())
 
 
 def load_checkpoint(where, name=None):
@@ -289,7 +294,7 @@ def load_checkpoint(where, name=None):
     warning. Refuses where there is none, or none that is valid.
     """
     where = Path(where)
-    paths = [where] if where.is_file() else [where / name] if name else sorted(where.glob('ckpt_*.pt'), reverse=True)
+    paths = [where] if where.is_file() else [where / name] if name else checkpoints(where)[::-1]
     if not paths or not paths[0].exists():
         raise Refusal(f'there is no checkpoint {name or "ckpt_*.pt"} in {where}; train one with --out_dir={where}')
     for path in paths:
@@ -298,14 +303,28 @@ def load_checkpoint(where, name=None):
             try:
                 state = torch.load(path, map_location='cpu', weights_only=True)
                 problem = _misfit(state)
+            except MemoryError:  # of ours, not the file's
+                raise
             except Exception as error:  # whatever the unpickler makes of it, the file is of no use
-                problem = f'{type(error).__name__}: {str(error).splitlines()[:1]}'
+                problem = f'{type(error).__name__}: {first_line(error)}'
         if not problem:
             return state
         print(f'warning: {path} is damaged ({problem}); it is not used', flush=True)
     if len(paths) == 1:
         raise Refusal(f'{paths[0]} is no sound checkpoint; use another one, or make it again')
     raise Refusal(f'there is no valid checkpoint in {where}: all are damaged; train again with --overwrite=True')
+
+
+def load_weights(where, name=None):
+    """A checkpoint from `load_checkpoint` for another use than going on with its run: with its run's config, too."""
+    state = load_checkpoint(where, name)
+    if not all(isinstance(state.get(key), kind) for key, kind in (('config', dict), ('encoding', str))):
+        raise Refusal(f'{where} does not say by which options it was trained; name the folder of a run')
+    return state
+
+
+def first_line(error):
+    return str(error).partition('\n')[0]
 
 
 def _damage(path):
@@ -326,11 +345,10 @@ def _misfit(state):
     if modules and not all(isinstance(state.get(name), dict) for name in (*modules, 'model_config')):
         return 'it was not made by this program'
     for name in modules:
-        shapes = {}
-        if len(state[name]) >= state['model_config']['n_layer']:  # else so many layers would be made for nothing
-            with torch.device('meta'):  # shapes without memory
-                module = GPT(GPTConfig(**state['model_config']))
-                module = module if name == 'model' else ScalarHead(module)
-            shapes = {key: w.shape for key, w in module.state_dict().items()}
-        if {key: w.shape for key, w in state[name].items()} != shapes:
+        if len(state[name]) < state['model_config']['n_layer']:  # before so many layers are made for nothing
+            return f'its {name} is not of its model_config'
+        with torch.device('meta'):  # shapes without memory
+            module = GPT(GPTConfig(**state['model_config']))
+            module = module if name == 'model' else ScalarHead(module)
+        if {key: w.shape for key, w in state[name].items()} != {key: w.shape for key, w in module.state_dict().items()}:
             return f'its {name} is not of its model_config'

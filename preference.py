@@ -36,10 +36,10 @@ from judge import (evaluate, held_out, report_between, report_nothing, report_po
                    show_samples)
 from losses import (gae, implicit_reward, masked_mean, plackett_luce_loss, ppo_policy_loss, ppo_value_loss,
                     renormalize_reward)
-from model import ScalarHead, load_checkpoint, save_checkpoint
+from model import ScalarHead, checkpoints, load_checkpoint, save_checkpoint
 from prepare_shp import answer_tokens, group_batch, pick_groups
 from teachers import open_teacher
-from train import (Metrics, RunConfig, StopSignal, Updates, check_resume, describe, finish, lr_at, open_run, progress,
+from train import (Metrics, RunConfig, StopSignal, Updates, check_resume, describe, entries, finish, lr_at, open_run,
                    restoring, setup, start_files, write_whole)
 
 MARGIN_GROUPS = 512  # groups over which the lead of data over self is judged against its noise
@@ -377,7 +377,7 @@ def write_iteration(run, iteration, batch, facts):
 
 
 def oldest_iteration(run):
-    steps = [int(path.stem.removeprefix('ckpt_')) for path in Path(run.cfg.out_dir).glob('ckpt_*.pt')]
+    steps = [int(path.stem.removeprefix('ckpt_')) for path in checkpoints(run.cfg.out_dir)]
     return min(steps, default=0) // steps_per_iteration(run)
 
 
@@ -412,7 +412,7 @@ def main(cfg):
     machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where it is missing
     data = prepare_shp.open_dataset(cfg)
     encoding, out = prepare_shp.encoding(data.meta['encoding']), Path(cfg.out_dir)
-    resuming = cfg.resume and list(out.glob('ckpt_*.pt'))
+    resuming = cfg.resume and checkpoints(out)
     start = load_start(cfg, resuming, encoding)
     groups = {split: data.groups(split) for split in {'train', cfg.eval_split}}
     trained, frozen = method.build(cfg, start, encoding, groups['train'])
@@ -439,10 +439,10 @@ def main(cfg):
                 for name, module in trained.items():
                     module.load_state_dict(state[name])
                 updates.load_state_dict(state)
-                tokens, seconds, best, evaluated, ended, lead, facts, digest = progress(
+                tokens, seconds, best, evaluated, ended, lead, facts, digest = entries(
                     state, tokens=0, seconds=0.0, best=0.0, evaluated=0, ended=False, lead=lead, facts={'': 0.0},
                     batch_sha256='')
-                run.step, run.sampled_tokens, run.selves = progress(state, step=0, sampled_tokens=0, selves={0: ''})
+                run.step, run.sampled_tokens, run.selves = entries(state, step=0, sampled_tokens=0, selves={0: ''})
                 past_self(run, 0)  # refuses another one
             if run.step % per_iteration:
                 batch = read_iteration(run, run.step // per_iteration, digest)
@@ -563,13 +563,14 @@ def main(cfg):
 
 def start_folders(run, start):
     """iterations/ and selves/, on rank 0; a new run finds them empty and keeps pi_0."""
-    for folder in (Path(run.cfg.out_dir) / 'iterations', Path(run.cfg.out_dir) / 'selves'):
+    iterations, selves = (Path(run.cfg.out_dir) / name for name in ('iterations', 'selves'))
+    for folder in (iterations, selves):
         folder.mkdir(exist_ok=True)
-        if run.step == 0:
-            for path in folder.iterdir():
-                path.unlink()
     if run.step == 0:
-        save_checkpoint(folder, dict(start, step=0), '0000.pt')
+        kept = save_checkpoint(selves, dict(start, step=0), '0000.pt')
+        for path in (*iterations.iterdir(), *selves.iterdir()):
+            if path != kept:
+                path.unlink()
 
 
 def accumulate(run, updates, batch, rows, share):

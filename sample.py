@@ -11,7 +11,7 @@ import torch
 import prepare_shp
 from configurator import Refusal, at_least, run
 from losses import taylor_link
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig, load_weights
 from prepare_shp import visible
 from train import DEVICES, DTYPES, setup
 
@@ -60,7 +60,7 @@ def main(cfg):
     prompts = read_prompts(cfg)
     machine = setup(cfg.device, cfg.dtype)
     name = 'best.pt' if cfg.checkpoint == 'best' else None
-    state = load_checkpoint(cfg.out_dir, name)
+    state = load_weights(cfg.out_dir, name)
     if 'model' not in state:
         raise Refusal(f'{cfg.out_dir} is a reward run: it judges answers and writes none; name another run')
     model = GPT(GPTConfig(**state['model_config'])).to(machine.device)

@@ -27,13 +27,14 @@ import plot
 import prepare_shp
 from configurator import Refusal, at_least, run
 from losses import linear_taylor_loss, taylor_link
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, checkpoints, first_line, load_checkpoint, save_checkpoint
 
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 DTYPES = 'auto', 'float32', 'bfloat16', 'float16'
 MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients that end a run
 RANK_TIMEOUT = 180         # seconds that ranks wait for each other; a dead one must not hold the run for torch's 1800
 LOCK_TIMEOUT = 10          # seconds that a run waits for another one to leave its folder
+PARENT = os.getppid()      # torchrun, where the run is one of its ranks
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, a scheduler, a terminal that has closed
 LOGIT_ROWS = 256           # rows of logits that an evaluation holds at once
 ECE_BINS = 15              # of equal width, over the confidence of the likeliest token
@@ -153,10 +154,11 @@ class Machine(NamedTuple):
         return result
 
     def print(self, *args):
+        """On rank 0; where nobody reads it any more, as if the terminal had closed, which nohup ignores."""
         if self.rank == 0:
             try:
                 print(*args, flush=True)
-            except OSError:  # nobody reads this any more: as if the terminal had closed, which nohup ignores
+            except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 os.kill(os.getpid(), signal.SIGHUP)
 
@@ -175,11 +177,12 @@ def setup(device='auto', dtype='auto', compile=False):
         timeout = timedelta(seconds=RANK_TIMEOUT)
         store, *_ = next(dist.rendezvous('env://', timeout=timeout))
         if world_size == int(os.environ.get('LOCAL_WORLD_SIZE', 0)):
-            # --max-restarts keeps one store: ranks must not find the addresses of those that died before them
+            # --max-restarts keeps one store: ranks must not find the addresses of those that died before them. Of
+            # several machines each counts restarts of its own
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', store=store, rank=rank,
                                 world_size=world_size, timeout=timeout)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(end_ranks)
     if dtype != 'auto':
         dtype, why = getattr(torch, dtype), 'as asked'
     elif kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -192,6 +195,12 @@ def setup(device='auto', dtype='auto', compile=False):
     machine.print(f'device {device}{ranks}, dtype {str(dtype)[6:]} ({why}), '
                   f'compile {"on" if compile else "off"}, torch {torch.__version__}')
     return machine
+
+
+def end_ranks():
+    """Before Python ends: a thread of gloo that lets go of its last tensor only then aborts the process."""
+    dist.destroy_process_group()
+    time.sleep(0.1)  # DDP keeps them; let them finish with their last message
 
 
 def matmul_peak(machine):
@@ -233,7 +242,6 @@ class StopSignal:
     caught = 0
 
     def __enter__(self):
-        self.parent = os.getppid()
         self.handlers = {n: signal.signal(n, self.catch) for n in STOP_SIGNALS
                          if signal.getsignal(n) != signal.SIG_IGN}  # nohup stays in force
         return self
@@ -248,10 +256,11 @@ class StopSignal:
     @property
     def number(self):
         """The signal that has come, or 0."""
-        orphaned = dist.is_initialized() and os.getppid() != self.parent
+        orphaned = 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != PARENT
         return self.caught or (signal.SIGTERM if orphaned else 0)
 
     def flags(self):
+        """For Machine.sum: which of STOP_SIGNALS it was."""
         number = self.number
         return [number == n for n in STOP_SIGNALS]
 
@@ -263,25 +272,32 @@ class StopSignal:
 def open_run(cfg, machine):
     """Makes out_dir this run's alone, and gives the state to resume from, or None for a new run."""
     out = Path(cfg.out_dir)
-    folder = machine.on_rank_0(lambda: lock(out))
+    held = machine.on_rank_0(lambda: lock(out))
     try:
-        resumable = bool(list(out.glob('ckpt_*.pt')))
-        if cfg.resume and not resumable:
+        resumes = cfg.resume and bool(checkpoints(out))
+        if cfg.resume and not resumes:
             if (out / 'best.pt').exists() and (step := load_checkpoint(out, 'best.pt')['step']):
                 raise Refusal(f'{out} has lost its checkpoints, only best.pt of step {step} is left, which no run can '
                               'go on from; choose another --out_dir, or delete it all with --overwrite=True')
             machine.print(f'nothing to resume in {out}: starting at step 0')
-        elif not cfg.resume and not cfg.overwrite and out.exists() and any(out.iterdir()):
+        elif not cfg.resume and not cfg.overwrite and any(out.iterdir()):
             raise Refusal(f'{out} is not empty; add --resume=True to go on with the run in it, --overwrite=True to '
                           f'delete that run, or choose another --out_dir')
         machine.sum([0])  # every rank has looked before one of them writes
-        if machine.rank == 0 and cfg.overwrite:
-            for path in (path for pattern in RUN_FILES for path in out.glob(pattern)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield load_checkpoint(out) if cfg.resume and resumable else None
+        if cfg.overwrite:
+            machine.on_rank_0(lambda: delete_run(out))
+        state = load_checkpoint(out) if resumes else None
+        if len(set(machine.gather(state and state['step']))) > 1:
+            raise Refusal(f'the ranks do not find the same checkpoint in {out}; it must be one sound folder for all')
+        yield state
     finally:
-        if folder is not None:
-            os.close(folder)
+        if held is not None:
+            os.close(held)
+
+
+def delete_run(out):
+    for path in (path for pattern in RUN_FILES for path in out.glob(pattern)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager
@@ -290,12 +306,12 @@ def restoring(cfg):
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise Refusal(f'cannot resume, the checkpoint in {cfg.out_dir} is of another version of this program '
-                      f'({type(error).__name__}: {str(error).splitlines()[0]}); use that version, or choose another '
+        raise Refusal(f'cannot resume, the checkpoint in {cfg.out_dir} does not fit this version of the program '
+                      f'({type(error).__name__}: {first_line(error)}); use the version that made it, or choose another '
                       '--out_dir') from error
 
 
-def progress(state, **examples):
+def entries(state, **examples):
     """The named entries of a checkpoint; TypeError for one of another kind than its example."""
     def alike(x, example):
         if isinstance(example, dict):  # any keys, values like the one there
@@ -313,18 +329,19 @@ def progress(state, **examples):
 def lock(out):
     """Opens the folder for this process alone, until it closes it or dies: two runs in one would mix their files."""
     out.mkdir(parents=True, exist_ok=True)
-    folder, last = os.open(out, os.O_RDONLY), time.monotonic() + LOCK_TIMEOUT
+    held, last = os.open(out, os.O_RDONLY), time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return folder
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return held
         except BlockingIOError:
             if time.monotonic() > last:
-                os.close(folder)
+                os.close(held)
                 raise Refusal(f'{out} is in use by another run; wait for its end, or choose another --out_dir')
             time.sleep(0.1)  # it may be saving, at its end
-        except OSError:  # a file system without locks
-            return folder
+        except OSError:  # NFS, for example
+            print(f'warning: the file system of {out} has no locks; let no second run write there', flush=True)
+            return held
 
 
 def describe(cfg, machine, model_config, data):
@@ -367,13 +384,12 @@ def check_resume(state, now):
 
 
 def start_files(cfg, step):
-    """config.json; and away with checkpoints beyond the one resumed, which are damaged or of a future now undone."""
+    """config.json; and aside with checkpoints beyond the one resumed, which could not be read."""
     out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / 'config.json', json.dumps(asdict(cfg), indent=1))  # the first write: out_dir can be written
-    for path in out.glob('ckpt_*.pt'):
+    for path in checkpoints(out):
         if path.name > f'ckpt_{step:08d}.pt':
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.rename(path.with_suffix('.damaged'))
 
 
 class Metrics:
@@ -382,13 +398,13 @@ class Metrics:
     def __init__(self, cfg, machine, step, name='metrics.jsonl'):
         self.path = Path(cfg.out_dir) / name
         self.rank = machine.rank
-        if self.rank == 0:
-            write_whole(self.path, ''.join(self.lines_before(step)))
+        machine.on_rank_0(lambda: write_whole(self.path, ''.join(self.lines_before(step))))
 
     def lines_before(self, step):
         lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         for number, line in enumerate(lines, 1):
             try:
+                line = line.decode()
                 event = json.loads(line)
                 at, kind = event['step'], event['event']
                 # an evaluation follows its checkpoint, so the one of this very step is made again
@@ -398,7 +414,7 @@ class Metrics:
                     print(f'warning: {self.path} is damaged in line {number}; it and what follows are cut', flush=True)
                 return
             if stays:
-                yield line.decode() + '\n'
+                yield line + '\n'
 
     def write(self, event, **values):
         if self.rank == 0:
@@ -424,11 +440,14 @@ def finish(cfg, machine, stop, step, done, seconds, hint=''):
 
 def write_whole(path, text):
     temporary = path.with_name(f'.{path.name}.tmp')
-    with open(temporary, 'w') as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'w') as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -487,7 +506,8 @@ class Updates:
         return norm
 
     def state_dict(self):
-        return dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), skipped=self.skipped)
+        return dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), skipped=self.skipped,
+                    skipped_in_a_row=self.skipped_in_a_row)
 
     def load_state_dict(self, state):
         # the options are this run's
@@ -497,8 +517,9 @@ class Updates:
                 shapes = {name: moment.shape for name, moment in self.optimizer.state[p].items()}
                 if shapes != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
                     raise ValueError(f'moments of shapes {shapes} for a parameter of {tuple(p.shape)}')
-        self.scaler.load_state_dict(state['scaler'])
-        self.skipped, = progress(state, skipped=0)
+        if state['scaler']:  # of float16
+            self.scaler.load_state_dict(state['scaler'])
+        self.skipped, self.skipped_in_a_row = entries(state, skipped=0, skipped_in_a_row=0)
 
 
 @torch.no_grad()
@@ -533,7 +554,7 @@ def evaluate(model, documents, cfg, machine, order, stop):
                 sums += torch.stack([torch.tensor(float(len(rows))), ce.sum(), ce_link.sum(), right.sum(),
                                      leaked[rows].sum(), ce[leaked[rows]].sum()])
                 for b, (_, top, _) in zip(bins, tokens):
-                    confidence = top.exp().cpu().double()
+                    confidence = top.exp().cpu().double().nan_to_num(0.0)  # of a model that is no more: its CE says so
                     bin = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
                     for row, x in zip(b, (torch.ones_like(confidence), confidence, right)):
                         row.index_add_(0, bin, x)
@@ -578,7 +599,7 @@ def main(cfg):
                 machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
                 model.load_state_dict(state['model'])
                 updates.load_state_dict(state)
-                step, tokens, seconds, best = progress(state, step=0, tokens=0, seconds=0.0, best=0.0)
+                step, tokens, seconds, best = entries(state, step=0, tokens=0, seconds=0.0, best=0.0)
             del state
         machine.on_rank_0(lambda: start_files(cfg, step))
         metrics = Metrics(cfg, machine, step)

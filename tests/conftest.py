@@ -1,4 +1,6 @@
 """What pytest runs when it is not told: everything but what takes long."""
+import subprocess
+
 import hypothesis
 
 hypothesis.settings.register_profile('suite', max_examples=100, derandomize=True, deadline=None, database=None)
@@ -10,3 +12,9 @@ hypothesis.settings.load_profile('suite')
 def pytest_configure(config):
     config.addinivalue_line('markers', 'soak: hundreds of killed runs; python -m pytest -m soak')
     config.option.markexpr = config.option.markexpr or 'not soak'
+
+
+def succeed(command):
+    """Runs it; where it fails, what it said is the message of the test."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, f'exit code {done.returncode}\n{done.stdout}'

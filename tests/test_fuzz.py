@@ -67,8 +67,8 @@ def change(x, rng, replacement):
 
 
 SHP_ROW = st.fixed_dictionaries({}, optional={
-    **{key: st.one_of(TEXT, JSON) for key in ('post_id', 'domain', 'history', 'c_root_id_A', 'c_root_id_B', 'human_ref_A',
-                                              'human_ref_B')},
+    **{key: st.one_of(TEXT, JSON) for key in ('post_id', 'domain', 'history', 'c_root_id_A', 'c_root_id_B',
+                                              'human_ref_A', 'human_ref_B')},
     **{key: st.one_of(NUMBER, JSON) for key in ('score_A', 'score_B', 'created_at_utc_A', 'created_at_utc_B',
                                                 'labels')}})
 ROWS = st.one_of(
@@ -167,7 +167,7 @@ def test_damaged_groups_are_refused(junk, rng):
         meta.write_text(json.dumps(changed))
         groups = open_dataset(cfg).groups('val')
         for p in (*groups.prompts, *groups.answers):
-            assert ENCODING.decode(groups.piece(p).tolist()) is not None
+            assert 0 < len(groups.piece(p)) and groups.piece(p).max() < ENCODING.n_vocab
     except Refusal as refusal:
         assert 'is damaged' in str(refusal)
     finally:
@@ -199,7 +199,8 @@ def test_completions_from_anywhere(lines):
         assert 0 < len(ids) <= 20 and ENCODING.eot_token not in ids[:-1]
 
 
-@given(st.lists(st.one_of(JSON.map(lambda x: json.dumps(x).encode()), st.binary(max_size=20), st.builds(
+@given(st.lists(st.one_of(JSON.map(lambda x: json.dumps(x).encode()), st.binary(max_size=20), JSON.map(
+        lambda x: json.dumps(x, ensure_ascii=False).encode('utf-8', 'surrogatepass')), st.builds(
     lambda event, step: json.dumps(dict(event=event, step=step)).encode(), st.sampled_from(['train', 'eval']),
     NUMBER)), max_size=6), st.integers(0, 5))
 def test_metrics_from_anywhere(lines, step):
@@ -210,7 +211,7 @@ def test_metrics_from_anywhere(lines, step):
         plot.plot(['fuzzed_run'])
     except Refusal as refusal:
         assert 'fuzzed_run' in str(refusal)
-    metrics = train.Metrics(types.SimpleNamespace(out_dir='fuzzed_run'), types.SimpleNamespace(rank=0), step)
+    metrics = train.Metrics(types.SimpleNamespace(out_dir='fuzzed_run'), train.Machine(0, 1, None, None, False), step)
     kept = Path('fuzzed_run/metrics.jsonl').read_text().splitlines()
     assert all(json.loads(line)['step'] <= step for line in kept) and len(kept) <= len(lines)
     metrics.write('train', step=step)
@@ -276,7 +277,7 @@ def test_a_changed_checkpoint_is_used_or_refused(rng, junk):
     cfg = test_preference.config('unused', init_from='fuzzed_start')
     attempts = [lambda: answers.make_gpt(answers.load_start(cfg, False, ENCODING)),
                 lambda: train.main(train.Config(**{**START, 'out_dir': 'fuzzed_start', 'resume': True})),
-                lambda: sample.main(sample.Config(out_dir='fuzzed_start', checkpoint='latest', max_new_tokens=2,
+                lambda: sample.main(sample.Config(out_dir='fuzzed_start', checkpoint='last', max_new_tokens=2,
                                                   device='cpu', prompt='x'))]
     try:
         rng.choice(attempts)()

@@ -23,6 +23,7 @@ import sample
 import teachers
 import train
 from configurator import Refusal
+from conftest import succeed
 from losses import taylor_loss
 from model import ScalarHead, load_checkpoint, save_checkpoint
 from prepare_shp import group_batch, pick_groups
@@ -598,9 +599,9 @@ def test_two_ranks_equal_one(tmp_path, method):
     options = dict(groups_per_iteration=10, groups_per_step=5, micro_groups=2)
     preference.main(config(tmp_path / 'one', method, **options))
     two = tmp_path / 'two'
-    subprocess.run(command(two, method, '--stop_step=3', ranks=2, **options), check=True, capture_output=True)
+    succeed(command(two, method, '--stop_step=3', ranks=2, **options))
     preference.main(config(two, method, resume=True, stop_step=5, **options))
-    subprocess.run(command(two, method, '--resume=True', ranks=2, **options), check=True, capture_output=True)
+    succeed(command(two, method, '--resume=True', ranks=2, **options))
     for event in ('train', 'eval'):
         one, two = metrics(tmp_path / 'one', event), metrics(tmp_path / 'two', event)
         assert [line['step'] for line in one] == [line['step'] for line in two]

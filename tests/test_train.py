@@ -14,6 +14,7 @@ import torch
 import prepare_shp
 import train
 from configurator import Refusal
+from conftest import succeed
 from losses import taylor_link
 from model import GPT, GPTConfig, load_checkpoint
 from toy_shp import toy_rows
@@ -132,9 +133,9 @@ def test_two_ranks_equal_one_and_hand_over(tmp_path):
     """The same losses, evaluations and gradients with 2 gloo ranks; what they saved, one process resumes, and back."""
     options = dict(cut='examples', taylor_order=2, micro_batch_size=2, batch_size=7)
     train.main(config(tmp_path / 'one', **options))
-    subprocess.run(command(tmp_path / 'two', '--stop_step=6', ranks=2, **options), check=True, capture_output=True)
+    succeed(command(tmp_path / 'two', '--stop_step=6', ranks=2, **options))
     train.main(config(tmp_path / 'two', resume=True, stop_step=9, **options))
-    subprocess.run(command(tmp_path / 'two', '--resume=True', ranks=2, **options), check=True, capture_output=True)
+    succeed(command(tmp_path / 'two', '--resume=True', ranks=2, **options))
     for event in ('train', 'eval'):
         one, two = metrics(tmp_path / 'one', event), metrics(tmp_path / 'two', event)
         assert [line['step'] for line in one] == [line['step'] for line in two]
