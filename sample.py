@@ -63,6 +63,9 @@ def main(cfg):
     state = load_weights(cfg.out_dir, name)
     if 'model' not in state:
         raise Refusal(f'{cfg.out_dir} is a reward run: it judges answers and writes none; name another run')
+    if prepare_shp.VOCABULARIES.get(state['encoding']) != state['model_config']['vocab_size']:
+        raise Refusal(f"{cfg.out_dir} has a vocabulary of {state['model_config']['vocab_size']}, which is not that of "
+                      f"its encoding, {state['encoding']}; name another run")
     model = GPT(GPTConfig(**state['model_config'])).to(machine.device)
     model.load_state_dict(state['model'])
     order = state['config'].get('taylor_order', 0)

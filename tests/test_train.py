@@ -115,7 +115,8 @@ def test_resume_after_lines_and_checkpoints_beyond(tmp_path):
     (out / 'ckpt_00000010.pt').write_bytes(b'PK')
     train.main(replace(cfg, out_dir=str(out), resume=True))
     assert_same_run(tmp_path / 'whole', out)
-    assert [load_checkpoint(p)['step'] for p in sorted(out.glob('ckpt_*'))] == [8, 12]  # both good
+    assert [load_checkpoint(p)['step'] for p in sorted(out.glob('ckpt_*.pt'))] == [8, 12]  # both good
+    assert (out / 'ckpt_00000010.damaged').read_bytes() == b'PK'  # whoever could not read it once may look again
 
 
 def test_accumulation_changes_nothing(tmp_path):
@@ -234,10 +235,31 @@ def test_a_non_finite_gradient_never_reaches_a_parameter(tmp_path, monkeypatch, 
 
 
 def test_a_nan_in_evaluation_leaves_the_best_alone(tmp_path, monkeypatch):
-    sound = train.evaluate
-    monkeypatch.setattr(train, 'evaluate', lambda *args: dict(sound(*args), val_ce=math.nan))
-    train.main(config(tmp_path / 'run', max_iters=4))
-    assert not (tmp_path / 'run' / 'best.pt').exists()
+    sound, calls = GPT.logits, []
+
+    def broken(model, hidden):  # only the first evaluation is sound
+        calls.append(1)
+        return sound(model, hidden) * (1.0 if len(metrics_or_none(tmp_path / 'run')) < 1 else math.nan)
+
+    monkeypatch.setattr(GPT, 'logits', broken)
+    train.main(config(tmp_path / 'run', max_iters=8))
+    assert calls and [math.isnan(line['val_ce']) for line in metrics(tmp_path / 'run', 'eval')] == [False, True, True]
+    assert load_checkpoint(tmp_path / 'run', 'best.pt')['step'] == 0
+
+
+def metrics_or_none(out_dir):
+    return metrics(out_dir, 'eval') if (out_dir / 'metrics.jsonl').exists() else []
+
+
+def test_a_copy_of_a_checkpoint_is_not_the_latest(tmp_path):
+    """Under a name of one's own it is neither gone on with nor deleted."""
+    cfg = config(tmp_path / 'run', stop_step=8)
+    train.main(cfg)
+    copy = tmp_path / 'run' / 'ckpt_good.pt'
+    copy.write_bytes((tmp_path / 'run' / 'ckpt_00000004.pt').read_bytes())
+    train.main(replace(cfg, resume=True, stop_step=0))
+    assert [line['step'] for line in metrics(tmp_path / 'run', 'train')] == list(range(1, 13))
+    assert copy.exists() and load_checkpoint(tmp_path / 'run')['step'] == 12
 
 
 def test_a_signal_in_the_last_evaluation_counts(tmp_path, monkeypatch):
