@@ -25,7 +25,7 @@ import train
 from configurator import Refusal
 from conftest import succeed
 from losses import taylor_loss
-from model import ScalarHead, load_checkpoint, save_checkpoint
+from model import ScalarHead, load_checkpoint, load_run, save_checkpoint
 from prepare_shp import group_batch, pick_groups
 from toy_shp import quality, toy_rows
 
@@ -801,11 +801,11 @@ def test_commands_in_refusals_name_the_config(tmp_path, monkeypatch):
     (tmp_path / 'config' / 'toy_reward.py').write_text('')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match='make one with: python train.py config/toy_start.py'):
-        answers.load_run(preference.Config(), 'init_from')
+        load_run(preference.Config(), 'init_from')
     with pytest.raises(Refusal, match='make one with: python preference.py config/toy_reward.py'):
-        answers.load_run(preference.Config(reward_model='out/toy_reward'), 'reward_model')
+        load_run(preference.Config(reward_model='out/toy_reward'), 'reward_model')
     with pytest.raises(Refusal, match='with: python train.py --out_dir=out/mine --dataset=x --source=hub, or'):
-        answers.load_run(preference.Config(init_from='out/mine', dataset='x'), 'init_from')
+        load_run(preference.Config(init_from='out/mine', dataset='x'), 'init_from')
 
 
 def test_resume_of_another_run_is_refused(tmp_path):
