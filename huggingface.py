@@ -111,13 +111,13 @@ def read_gpt2(folder):
         if ours in given:
             raise Refusal(f'{folder} holds {name} twice, with and without "transformer."; it is no sound GPT-2')
         given[ours] = w
+    if len(given) < config.n_layer:  # else so many layers would be made for nothing
+        raise Refusal(f'{folder} holds {len(given)} weights, too few for n_layer={config.n_layer} of its config.json')
     if config.tie_weights and 'transformer.wte.weight' in given:
         head = given.setdefault('lm_head.weight', given['transformer.wte.weight'])
         if not torch.equal(head, given['transformer.wte.weight']):
             raise Refusal(f'{folder} has a lm_head.weight of its own, and config.json says that it is tied to the '
                           'token embedding; which of the two holds? Set tie_word_embeddings to false to keep it')
-    if len(given) < config.n_layer:  # else so many layers would be made for nothing
-        raise Refusal(f'{folder} holds {len(given)} weights, too few for n_layer={config.n_layer} of its config.json')
     with torch.device('meta'):  # shapes without memory
         wanted = {name: foreign_shape(name, w.shape, config) for name, w in GPT(config).state_dict().items()}
     for names, problem in ((wanted.keys() - given, 'lacks'), (given.keys() - wanted, 'holds, beyond a GPT-2,')):
@@ -309,7 +309,7 @@ def export(state, out_dir, folder):
 
 
 def encoding_of(state):
-    sizes = prepare_shp.VOCABULARIES.items()
+    sizes = list(prepare_shp.VOCABULARIES.items())
     if not {'model', 'reward_model'} & state.keys() or (
             (state.get('encoding'), state['model_config']['vocab_size']) not in sizes):
         raise Refusal('this checkpoint holds no model with its encoding; export the folder of a finished run')
