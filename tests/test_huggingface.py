@@ -525,7 +525,8 @@ def test_transformers_reads_what_we_write(tmp_path, bias, tie_weights):
     transformers = pytest.importorskip('transformers')
     gpt = a_gpt(SHAPES[1], bias, tie_weights)
     out = exported(tmp_path / 'out', gpt)
-    lm, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(out), transformers.AutoTokenizer.from_pretrained(out)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     idx = torch.randint(257, (2, 80))
     with torch.no_grad():
         assert (lm.eval()(idx).logits - gpt.logits(gpt(idx))[..., :257]).abs().max() < 1e-5
