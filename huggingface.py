@@ -17,7 +17,7 @@ import torch
 
 import prepare_shp
 from configurator import Refusal
-from model import GPT, GPTConfig, check_vocabulary, load_run
+from model import GPT, GPTConfig, check_vocabulary, config_of, load_run
 
 HUB = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'  # names that are fetched
 WEIGHTS = 'model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin'
@@ -298,7 +298,7 @@ def export(state, out_dir, folder):
         temporary.mkdir(parents=True)
         for name, place in ((main, temporary), ('critic', temporary / 'critic')):
             if name in state:
-                write_model(place, state[name], GPTConfig(**state['model_config']), encoding)
+                write_model(place, state[name], GPTConfig(**config_of(state, name)), encoding)
         write_tokenizer(temporary, encoding, state['model_config']['block_size'])
         (temporary / 'README.md').write_text(model_card(state, out_dir, final.name, encoding), encoding='utf-8')
         temporary.rename(final)

@@ -337,18 +337,25 @@ def _damage(path):
         return f'{type(error).__name__}: {error}'
 
 
+def config_of(state, name):
+    """The GPTConfig, as a dict, of a checkpoint's module: a critic has its reward model's shape, not the policy's."""
+    return state['critic_config'] if name == 'critic' and 'critic_config' in state else state['model_config']
+
+
 def _misfit(state):
     """Why what a sound archive holds is none of our checkpoints, or None."""
     if not isinstance(state, dict) or type(state.get('step')) is not int or state['step'] < 0:
         return 'it was not made by this program'
     modules = [name for name in ('model', 'reward_model', 'critic') if name in state]
-    if modules and not all(isinstance(state.get(name), dict) for name in (*modules, 'model_config')):
+    configs = 'model_config', *({'critic_config'} & state.keys())
+    if modules and not all(isinstance(state.get(name), dict) for name in (*modules, *configs)):
         return 'it was not made by this program'
     for name in modules:
-        if len(state[name]) < state['model_config']['n_layer']:  # before so many layers are made for nothing
+        config = config_of(state, name)
+        if len(state[name]) < config['n_layer']:  # before so many layers are made for nothing
             return f'its {name} is not of its model_config'
         with torch.device('meta'):  # shapes without memory
-            module = GPT(GPTConfig(**state['model_config']))
+            module = GPT(GPTConfig(**config))
             module = module if name == 'model' else ScalarHead(module)
         if {key: w.shape for key, w in state[name].items()} != {key: w.shape for key, w in module.state_dict().items()}:
             return f'its {name} is not of its model_config'

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -431,6 +431,7 @@ def main(cfg):
 
     updates = Updates(list(trained.values()), cfg, machine)
     described = dict(describe(cfg, machine, model_config, data),
+                     **{f'{name}_config': asdict(module.config) for name, module in list(trained.items())[1:]},
                      frozen={name: weights_hash(module.state_dict()) for name, module in frozen.items()})
     tokens, seconds, best, evaluated, ended, lead, batch, facts = 0, 0.0, -math.inf, -1, False, [0, 0.0, 0.0], None, {}
     with open_run(cfg, machine) as state, run.stop as stop:

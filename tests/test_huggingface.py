@@ -181,9 +181,9 @@ def test_a_scalar_head_leaves_beside_its_trunk(tmp_path, capsys):
 
 
 def test_a_critic_leaves_beside_its_policy(tmp_path):
-    policy, critic = a_gpt(), ScalarHead(a_gpt(seed=1))
+    policy, critic = a_gpt(), ScalarHead(a_gpt(SHAPES[1], seed=1))
     torch.nn.init.normal_(critic.head.weight)
-    out = exported(tmp_path / 'out', policy, critic=critic.state_dict())
+    out = exported(tmp_path / 'out', policy, critic=critic.state_dict(), critic_config=asdict(critic.config))
     back, idx = answers.make_gpt(start_from(out / 'critic')), torch.randint(257, (1, 30))
     head = read_safetensors(out / 'critic' / 'scalar_head.safetensors')
     assert torch.equal(answers.make_gpt(start_from(out))(idx), policy(idx))

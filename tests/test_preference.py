@@ -808,6 +808,18 @@ def test_commands_in_refusals_name_the_config(tmp_path, monkeypatch):
         load_run(preference.Config(init_from='out/mine', dataset='x'), 'init_from')
 
 
+def test_a_critic_may_be_larger_than_its_policy(tmp_path, capsys):
+    """It is a copy of the reward model, which may read more tokens; the run can be loaded and resumed all the same."""
+    changes = dict(block_size=60, iterations=2)
+    preference.main(config(tmp_path / 'whole', 'ppo', **changes))
+    preference.main(config(tmp_path / 'cut', 'ppo', stop_step=3, **changes))
+    preference.main(config(tmp_path / 'cut', 'ppo', resume=True, **changes))
+    assert 'resumed at step 3 (exact)' in capsys.readouterr().out
+    assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
+    state = load_checkpoint(tmp_path / 'whole', 'best.pt')
+    assert (state['model_config']['block_size'], state['critic_config']['block_size']) == (60, 80)
+
+
 def test_resume_of_another_run_is_refused(tmp_path):
     out = tmp_path / 'run'
     preference.main(config(out, stop_step=1))
