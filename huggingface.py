@@ -423,8 +423,8 @@ def last_evaluation(out_dir, step):
 
 
 def model_card(state, out_dir, name, encoding):
-    evaluation, config = last_evaluation(out_dir, state['step']), state.get('config')
-    config, shape = config if isinstance(config, dict) else {}, GPTConfig(**state['model_config'])
+    evaluation, config = last_evaluation(out_dir, state['step']), state['config']
+    shape = GPTConfig(**state['model_config'])
     order, method = config.get('taylor_order'), config.get('method')
     trained_as = method or f'language model, T_{order or 0}'
     after_post = prepare_shp.render('', '')[0]
@@ -466,8 +466,8 @@ In training `{prepare_shp.END_OF_TEXT}` within a text was ordinary text; this to
         read = '(h[prompt_length:] @ w).sum()' if config.get('reward_read') == 'sum' else 'h[-1] @ w'
         parts.append(f"""## The reward
 
-The model is the trunk of a reward model, `scalar_head.safetensors` its head: `weight` (1, {shape.n_embd}) and `offset` \
-(1,). h (tokens, channels) are the hidden states after the last LayerNorm.
+The model is the trunk of a reward model, `scalar_head.safetensors` its head: `weight` (1, {shape.n_embd}) and \
+`offset` (1,). h (tokens, channels) are the hidden states after the last LayerNorm.
 
 ```python
 from safetensors.torch import load_file
