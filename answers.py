@@ -13,8 +13,9 @@ import torch
 
 import prepare_shp
 from configurator import Refusal
+from huggingface import crop, open_start
 from losses import linear_token_log_prob, taylor_loss
-from model import GPT, GPTConfig, ScalarHead, checkpoints, load_checkpoint, load_weights, save_checkpoint
+from model import GPT, GPTConfig, ScalarHead, load_checkpoint, not_own_folder, save_checkpoint
 from prepare_shp import pack
 
 DATA, TEACHER = -1, -2   # who wrote an answer; t >= 0 is pi_t
@@ -207,37 +208,12 @@ def post_of(run, prompt):
 # Other runs, the start and past selves --------------------------------------------------------------------------------
 
 
-def load_run(cfg, option):
-    """The weights of the run cfg.<option>: its best.pt, else its latest checkpoint. Refuses with the command for one.
-    """
-    folder = getattr(cfg, option)
-    where = Path(folder or f'out/{option}')
-    if where.is_file() or where.is_dir() and ((where / 'best.pt').exists() or checkpoints(where)):
-        return load_weights(where, 'best.pt' if (where / 'best.pt').exists() else None)
-    config, script = f'config/{where.name}.py', 'preference.py' if option == 'reward_model' else 'train.py'
-    if Path(config).is_file():
-        command = f'python {script} {config}'
-    else:
-        script += f' --method=reward --init_from={cfg.init_from}' if option == 'reward_model' else ''
-        command = f'python {script} --out_dir={where}' + ''.join(
-            f' --{name}={getattr(cfg, name)}' for name in ('dataset', 'source', 'encoding') if getattr(cfg, name))
-    raise Refusal(f'{option}={folder or repr("")} holds no checkpoint; make one with: {command}, or name the folder of '
-                  f'another run with --{option}=DIR')
-
-
 def load_start(cfg, resuming, encoding):
-    """pi_0: the run init_from, or, when a run is resumed, what it has kept of it."""
-    for option in ('init_from', 'reward_model', 'teacher'):
-        where = Path(getattr(cfg, option)).resolve()
-        if getattr(cfg, option) and Path(cfg.out_dir).resolve() in (where, where.parent):
-            raise Refusal(f'{option} and out_dir are both {cfg.out_dir}; choose another --out_dir')
+    """pi_0: what init_from names, or, when a run is resumed, what it has kept of it."""
+    not_own_folder(cfg, 'init_from', 'reward_model', 'teacher')
     if resuming:
-        return load_self(cfg.out_dir, 0)
-    state = load_run(cfg, 'init_from')
-    if 'model' not in state:
-        raise Refusal(f'init_from={cfg.init_from} is a reward run and has no policy; name the folder of another run')
-    check_vocabulary(state, 'init_from', cfg.init_from, encoding)
-    return {key: state[key] for key in ('model', 'model_config', 'encoding')}
+        return crop(load_self(cfg.out_dir, 0), cfg.block_size, cfg.out_dir)
+    return open_start(cfg, encoding)
 
 
 def make_gpt(state):
@@ -251,12 +227,6 @@ def make_scorer(state):
     scorer = ScalarHead(GPT(GPTConfig(**dict(state['model_config'], dropout=0.0))), state['config'].get('reward_read', 'last'))
     scorer.load_state_dict(state['reward_model'])
     return scorer.eval()
-
-
-def check_vocabulary(state, option, folder, encoding):
-    if state['encoding'] != encoding.name or state['model_config']['vocab_size'] != encoding.n_vocab:
-        raise Refusal(f"{option}={folder} speaks {state['encoding']}, but the data are in {encoding.name}; train it on "
-                      'data of one --encoding')
 
 
 def weights_hash(weights):

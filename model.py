@@ -337,18 +337,57 @@ def _damage(path):
         return f'{type(error).__name__}: {error}'
 
 
+def config_of(state, name):
+    """The GPTConfig, as a dict, of a checkpoint's module: a critic has its reward model's shape, not the policy's."""
+    return state['critic_config'] if name == 'critic' and 'critic_config' in state else state['model_config']
+
+
 def _misfit(state):
     """Why what a sound archive holds is none of our checkpoints, or None."""
     if not isinstance(state, dict) or type(state.get('step')) is not int or state['step'] < 0:
         return 'it was not made by this program'
     modules = [name for name in ('model', 'reward_model', 'critic') if name in state]
-    if modules and not all(isinstance(state.get(name), dict) for name in (*modules, 'model_config')):
+    configs = 'model_config', *({'critic_config'} & state.keys())
+    if modules and not all(isinstance(state.get(name), dict) for name in (*modules, *configs)):
         return 'it was not made by this program'
     for name in modules:
-        if len(state[name]) < state['model_config']['n_layer']:  # before so many layers are made for nothing
+        config = config_of(state, name)
+        if len(state[name]) < config['n_layer']:  # before so many layers are made for nothing
             return f'its {name} is not of its model_config'
         with torch.device('meta'):  # shapes without memory
-            module = GPT(GPTConfig(**state['model_config']))
+            module = GPT(GPTConfig(**config))
             module = module if name == 'model' else ScalarHead(module)
         if {key: w.shape for key, w in state[name].items()} != {key: w.shape for key, w in module.state_dict().items()}:
             return f'its {name} is not of its model_config'
+
+
+def load_run(cfg, option):
+    """The weights of the run cfg.<option>: its best.pt, else its latest checkpoint. Refuses with the command for one.
+    """
+    folder = getattr(cfg, option)
+    where = Path(folder or f'out/{option}')
+    if where.is_file() or where.is_dir() and ((where / 'best.pt').exists() or checkpoints(where)):
+        return load_weights(where, 'best.pt' if (where / 'best.pt').exists() else None)
+    config, script = f'config/{where.name}.py', 'preference.py' if option == 'reward_model' else 'train.py'
+    if Path(config).is_file():
+        command = f'python {script} {config}'
+    else:
+        script += f' --method=reward --init_from={cfg.init_from}' if option == 'reward_model' else ''
+        command = f'python {script} --out_dir={where}' + ''.join(
+            f' --{name}={getattr(cfg, name)}' for name in ('dataset', 'source', 'encoding') if getattr(cfg, name))
+    raise Refusal(f'{option}={folder or repr("")} holds no checkpoint; make one with: {command}, or name the folder of '
+                  f'another run with --{option}=DIR')
+
+
+def not_own_folder(cfg, *options):
+    """Refuses where one of these options names the run's own folder, or a checkpoint in it."""
+    for option in options:
+        where = Path(getattr(cfg, option)).resolve()
+        if getattr(cfg, option) and Path(cfg.out_dir).resolve() in (where, where.parent):
+            raise Refusal(f'{option} and out_dir are both {cfg.out_dir}; choose another --out_dir')
+
+
+def check_vocabulary(state, option, folder, encoding):
+    if state['encoding'] != encoding.name or state['model_config']['vocab_size'] != encoding.n_vocab:
+        raise Refusal(f"{option}={folder} speaks {state['encoding']}, but the data are in {encoding.name}; train it on "
+                      'data of one --encoding')

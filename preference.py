@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -27,16 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import prepare_shp
-from answers import (DATA, TEACHER, Run, Stopped, answer_log_prob, check_vocabulary, for_all_groups,
-                     head_log_prob, load_run, load_start, log_prob_under, make_gpt, make_scorer, micro_batch, note_self,
-                     packed_rewards, past_self, post_of, rewards, sample, shares, shorten, text_of, token_log_prob,
-                     token_values, weights_hash)
+from answers import (DATA, TEACHER, Run, Stopped, answer_log_prob, for_all_groups, head_log_prob, load_start,
+                     log_prob_under, make_gpt, make_scorer, micro_batch, note_self, packed_rewards, past_self, post_of,
+                     rewards, sample, shares, shorten, text_of, token_log_prob, token_values, weights_hash)
 from configurator import Refusal, at_least
 from judge import (evaluate, held_out, report_between, report_nothing, report_policy_reward, report_reward,
                    show_samples)
 from losses import (gae, implicit_reward, masked_mean, plackett_luce_loss, ppo_policy_loss, ppo_value_loss,
                     renormalize_reward)
-from model import ScalarHead, checkpoints, load_checkpoint, save_checkpoint
+from model import ScalarHead, check_vocabulary, checkpoints, load_checkpoint, load_run, save_checkpoint
 from prepare_shp import answer_tokens, group_batch, pick_groups
 from teachers import open_teacher
 from train import (Metrics, RunConfig, StopSignal, Updates, check_resume, describe, entries, finish, lr_at, open_run,
@@ -49,7 +48,8 @@ MARGIN_GROUPS = 512  # groups over which the lead of data over self is judged ag
 class Config(RunConfig):
     out_dir: str = 'out/preference'    # checkpoints, metrics.jsonl, samples.jsonl, iterations/ and the plot go here
     method: str = 'dpo'                # dpo, spin, distill, reward or ppo
-    init_from: str = 'out/toy_start'   # the start: folder of a train.py or preference.py run
+    init_from: str = 'out/toy_start'   # the start: folder of a run or of a Hugging Face GPT-2, or gpt2, ..., gpt2-xl
+    block_size: int = 0                # crop the start's context to so many tokens; 0 = as it is
     beta: float = 0.1                  # strength of the KL to the reference
     max_iters: int = 0                 # updates at most; 0 = those of all iterations
     iterations: int = 1                # collections of answers, each followed by updates on them
@@ -97,9 +97,10 @@ class Config(RunConfig):
         yield from at_least(self, 1, 'iterations', 'inner_epochs', 'groups_per_step', 'max_new_tokens', 'sample_batch',
                             'opponents')
         yield from at_least(self, 2, 'answers_per_prompt')
-        yield from at_least(self, 0, 'max_iters', 'beta', 'groups_per_iteration', 'micro_groups', 'max_answers',
-                            'rank_order', 'token_order', 'sft_weight', 'margin_stop', 'missing_eot_penalty', 'gamma',
-                            'gae_lambda', 'clip_range', 'kl_stop', 'eval_groups', 'eval_samples')
+        yield from at_least(self, 0, 'block_size', 'max_iters', 'beta', 'groups_per_iteration', 'micro_groups',
+                            'max_answers', 'rank_order', 'token_order', 'sft_weight', 'margin_stop',
+                            'missing_eot_penalty', 'gamma', 'gae_lambda', 'clip_range', 'kl_stop', 'eval_groups',
+                            'eval_samples')
         yield from (f'{name}={getattr(self, name)} is above 1' for name in ('gamma', 'gae_lambda')
                     if getattr(self, name) > 1)
         if self.moment_order == 3 and not self.moments and self.renormalize_over == 'prompt':
@@ -430,6 +431,7 @@ def main(cfg):
 
     updates = Updates(list(trained.values()), cfg, machine)
     described = dict(describe(cfg, machine, model_config, data),
+                     **{f'{name}_config': asdict(module.config) for name, module in list(trained.items())[1:]},
                      frozen={name: weights_hash(module.state_dict()) for name, module in frozen.items()})
     tokens, seconds, best, evaluated, ended, lead, batch, facts = 0, 0.0, -math.inf, -1, False, [0, 0.0, 0.0], None, {}
     with open_run(cfg, machine) as state, run.stop as stop:

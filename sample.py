@@ -1,6 +1,7 @@
-"""A checkpoint talks: it answers a post.
+"""A checkpoint talks: it answers a post. Or it leaves, for Hugging Face.
 
     python sample.py --out_dir=out/toy_t2 --prompt="Rusty kettle since May, any tips?"
+    python sample.py --out_dir=out/toy_t2 --export_hf=toy_t2_hf
 """
 import codecs
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import huggingface
 import prepare_shp
 from configurator import Refusal, at_least, run
 from losses import taylor_link
@@ -20,6 +22,7 @@ from train import DEVICES, DTYPES, setup
 class Config:
     out_dir: str = 'out/toy_t2'   # the run's folder
     checkpoint: str = 'best'      # best (lowest validation cross-entropy) or last
+    export_hf: str = ''           # write the model to this new folder, for transformers
     prompt: str = ''              # the post to answer
     prompt_file: str = ''         # or a UTF-8 file with one post a line
     num_samples: int = 1          # answers to each post
@@ -34,8 +37,9 @@ class Config:
     def check(self):
         if self.checkpoint not in ('best', 'last'):
             yield f"checkpoint='{self.checkpoint}' is not one of best, last"
-        if bool(self.prompt) == bool(self.prompt_file):
-            yield 'give a post with --prompt="..." or a file of posts with --prompt_file=FILE, one of the two'
+        if [self.prompt, self.prompt_file, self.export_hf].count('') != 2:
+            yield ('give a post with --prompt="...", a file of posts with --prompt_file=FILE or a folder to write with '
+                   '--export_hf=DIR, one of the three')
         if self.device not in DEVICES:
             yield f"device='{self.device}' is not one of {', '.join(DEVICES)}"
         if self.dtype not in DTYPES:
@@ -57,10 +61,14 @@ def read_prompts(cfg):
 
 
 def main(cfg):
-    prompts = read_prompts(cfg)
-    machine = setup(cfg.device, cfg.dtype)
+    prompts = [] if cfg.export_hf else read_prompts(cfg)
     name = 'best.pt' if cfg.checkpoint == 'best' else None
     state = load_weights(cfg.out_dir, name)
+    if cfg.export_hf:
+        huggingface.export(state, cfg.out_dir, cfg.export_hf)
+        print(f'wrote {cfg.export_hf}: {cfg.out_dir}, {cfg.checkpoint} checkpoint, step {state["step"]}')
+        return
+    machine = setup(cfg.device, cfg.dtype)
     if 'model' not in state:
         raise Refusal(f'{cfg.out_dir} is a reward run: it judges answers and writes none; name another run')
     if prepare_shp.VOCABULARIES.get(state['encoding']) != state['model_config']['vocab_size']:

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from answers import check_vocabulary, gather_answers, leave_together, load_run, make_gpt, sample, text_of
+from answers import gather_answers, leave_together, make_gpt, sample, text_of
 from configurator import Refusal
+from huggingface import is_hugging_face
+from model import check_vocabulary, load_run
 from prepare_shp import SEPARATOR, checked_text, render
 
 
@@ -24,16 +26,9 @@ def open_teacher(cfg, encoding, groups):
                       'one), FILE.jsonl of completions, or the name of a Hugging Face causal LM')
     if where.suffix in ('.json', '.jsonl') or where.is_file() and where.suffix != '.pt':
         return WrittenTeacher(cfg, encoding, groups)
-    if where.parts[0] != 'out' and (not where.exists() or is_hugging_face(where)):
+    if is_hugging_face(where) or where.parts[0] != 'out' and not where.exists():
         return HuggingFaceTeacher(cfg)
     return RunTeacher(cfg, encoding)
-
-
-def is_hugging_face(where):
-    try:
-        return 'architectures' in json.loads((where / 'config.json').read_text())
-    except (OSError, ValueError):
-        return False
 
 
 def ids_of(encoding, completion, ended, limit):

@@ -26,8 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 import plot
 import prepare_shp
 from configurator import Refusal, at_least, run
+from huggingface import open_start
 from losses import linear_taylor_loss, taylor_link
-from model import GPT, GPTConfig, checkpoints, first_line, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, checkpoints, first_line, load_checkpoint, not_own_folder, save_checkpoint
 
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 DTYPES = 'auto', 'float32', 'bfloat16', 'float16'
@@ -36,6 +37,7 @@ RANK_TIMEOUT = 180         # seconds that ranks wait for each other; a dead one 
 LOCK_TIMEOUT = 10          # seconds that a run waits for another one to leave its folder
 PARENT = os.getppid()      # torchrun, where the run is one of its ranks
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, a scheduler, a terminal that has closed
+SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'tie_weights'  # of a model, beside block_size and dropout
 LOGIT_ROWS = 256           # rows of logits that an evaluation holds at once
 ECE_BINS = 15              # of equal width, over the confidence of the likeliest token
 # what overwrite deletes, and the options that may differ between a run and its exact resume
@@ -83,11 +85,12 @@ class RunConfig(prepare_shp.Config):
 class Config(RunConfig):
     batch_size: int = 32          # global, in sequences; ranks and micro-batches share it
     micro_batch_size: int = 0     # per rank, in sequences, as memory allows; 0 = the rank's whole share
-    block_size: int = 128         # tokens of context
+    block_size: int = 128         # tokens of context; a start's is cropped to it
+    init_from: str = ''           # start from gpt2, ..., gpt2-xl, a Hugging Face folder or a run; '' = random weights
     cut: str = 'stream'           # stream: random windows of packed text; examples: each document from its start
     max_iters: int = 1000         # steps in all, unless epochs is set
     epochs: float = 0.0           # passes over the training text; 0 = max_iters counts
-    n_layer: int = 2              # transformer blocks
+    n_layer: int = 2              # transformer blocks; with init_from, all that makes the shape is the start's
     n_head: int = 2               # attention heads; divides n_embd
     n_embd: int = 128             # channels
     dropout: float = 0.0          # in the residual stream and in attention
@@ -360,9 +363,9 @@ def check_resume(state, now):
     def differ(part):
         return [(k, was, now[part].get(k)) for k, was in state[part].items() if now[part].get(k) != was]
 
-    # of preference.py, which train.py does not have: what tells a step's place in which iteration
+    # most are preference.py's, and train.py has none: what tells a step's place in which iteration
     for name in ('method', 'init_from', 'groups_per_iteration', 'groups_per_step', 'inner_epochs'):
-        there, here = (part['config'].get(name, 'none') for part in (state, now))
+        there, here = ({'': 'none'}.get(x, x) for x in (part['config'].get(name, '') for part in (state, now)))
         if there != here and (name != 'init_from' or Path(there) != Path(here)):
             raise Refusal(f'cannot resume, the checkpoint is of another run: {name} {there} there, {here} here; ask '
                           'for the same, or choose another --out_dir')
@@ -571,6 +574,15 @@ def evaluate(model, documents, cfg, machine, order, stop):
     return metrics
 
 
+def load_start(cfg, data):
+    """What init_from names, or, of a run that is resumed, its shape alone: its weights are in its checkpoint."""
+    not_own_folder(cfg, 'init_from')
+    if cfg.resume and checkpoints(cfg.out_dir):
+        with restoring(cfg):
+            return dict(model_config=load_checkpoint(cfg.out_dir)['model_config'])
+    return open_start(cfg, prepare_shp.encoding(data.meta['encoding']))
+
+
 def main(cfg):
     machine = setup(cfg.device, cfg.dtype, cfg.compile)
     if cfg.batch_size < machine.world_size:
@@ -586,10 +598,17 @@ def main(cfg):
         passes = len(documents.offsets) - 1 if cfg.cut == 'examples' else len(documents.tokens) / cfg.block_size
         cfg = replace(cfg, max_iters=math.ceil(cfg.epochs * passes / cfg.batch_size))
 
+    origin = load_start(cfg, data) if cfg.init_from else {}
+    if origin:
+        cfg = replace(cfg, **{name: origin['model_config'][name] for name in SHAPE})
+        machine.print(f'start {cfg.init_from}, whose shape holds, whatever the options say: '
+                      + ', '.join(f'{name}={getattr(cfg, name)}' for name in SHAPE))
     seed_everything(cfg.seed, 0, 0)
     model_config = GPTConfig(data.meta['vocab_size'], cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout,
                              cfg.bias, cfg.tie_weights)
     model = GPT(model_config).to(machine.device)
+    if 'model' in origin:
+        model.load_state_dict(origin.pop('model'))
     updates = Updates([model], cfg, machine)
     described = describe(cfg, machine, model_config, data)
     step, tokens, seconds, best = 0, 0, 0.0, math.inf

@@ -25,7 +25,7 @@ import train
 from configurator import Refusal
 from conftest import succeed
 from losses import taylor_loss
-from model import ScalarHead, load_checkpoint, save_checkpoint
+from model import ScalarHead, load_checkpoint, load_run, save_checkpoint
 from prepare_shp import group_batch, pick_groups
 from toy_shp import quality, toy_rows
 
@@ -801,11 +801,23 @@ def test_commands_in_refusals_name_the_config(tmp_path, monkeypatch):
     (tmp_path / 'config' / 'toy_reward.py').write_text('')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match='make one with: python train.py config/toy_start.py'):
-        answers.load_run(preference.Config(), 'init_from')
+        load_run(preference.Config(), 'init_from')
     with pytest.raises(Refusal, match='make one with: python preference.py config/toy_reward.py'):
-        answers.load_run(preference.Config(reward_model='out/toy_reward'), 'reward_model')
+        load_run(preference.Config(reward_model='out/toy_reward'), 'reward_model')
     with pytest.raises(Refusal, match='with: python train.py --out_dir=out/mine --dataset=x --source=hub, or'):
-        answers.load_run(preference.Config(init_from='out/mine', dataset='x'), 'init_from')
+        load_run(preference.Config(init_from='out/mine', dataset='x'), 'init_from')
+
+
+def test_a_critic_may_be_larger_than_its_policy(tmp_path, capsys):
+    """It is a copy of the reward model, which may read more tokens; the run can be loaded and resumed all the same."""
+    changes = dict(block_size=60, iterations=2)
+    preference.main(config(tmp_path / 'whole', 'ppo', **changes))
+    preference.main(config(tmp_path / 'cut', 'ppo', stop_step=3, **changes))
+    preference.main(config(tmp_path / 'cut', 'ppo', resume=True, **changes))
+    assert 'resumed at step 3 (exact)' in capsys.readouterr().out
+    assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
+    state = load_checkpoint(tmp_path / 'whole', 'best.pt')
+    assert (state['model_config']['block_size'], state['critic_config']['block_size']) == (60, 80)
 
 
 def test_resume_of_another_run_is_refused(tmp_path):
