@@ -21,6 +21,7 @@ import plot
 import prepare_shp
 import preference
 import sample
+import sources
 import teachers
 import test_preference
 import train
@@ -86,12 +87,12 @@ LINES = st.one_of(ROWS.map(lambda row: json.dumps(row).encode()), st.binary(max_
 @given(LINES)
 def test_a_line_becomes_rows_or_a_reason(line):
     try:
-        rows = prepare_shp._shp_rows(line, 'file:1')
+        rows = sources.shp_rows(sources.parsed(line), 'file:1')
     except ValueError as error:
         assert type(error) is ValueError and str(error) and len(str(error)) < 400
         return
     for row in rows:
-        winner, loser = prepare_shp._pair(row)
+        winner, loser = sources.pair_of(row)
         assert winner.beats(loser)
         for text in (winner.text, loser.text, row['history']):
             assert text.strip() and '\0' not in text and text.encode()
@@ -111,7 +112,8 @@ def test_a_dataset_says_what_its_rows_say_and_nothing_else(lines, rng):
     allowed = set()
     for number, line in enumerate(mixed, 1):
         try:
-            for row in prepare_shp._shp_rows(line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line, 'f:1'):
+            for row in sources.shp_rows(sources.parsed(
+                    line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line), 'f:1'):
                 for x in 'AB':
                     allowed.add(''.join(render(row['history'], row[f'human_ref_{x}'])))
         except ValueError:
