@@ -416,7 +416,8 @@ def test_teachers_of_three_kinds(tmp_path, monkeypatch):
     (['{"post_id": "a", "completion": "x", "ended": "no"}'], 'line 1: .* ended is neither true nor false'),
     (['{"post_id": "a", "completion": "' + 'x' * 300_000 + '"}'], 'is longer than 262144 characters'),
     (['{"post_id": "stranger", "completion": "x"}'], 'has no completion for .* prompts, for example post'),
-    (['{"post_id": "stranger", "completion": "x"}'] * 3, "; 3 lines are of no prompt of train, for example line 1, 'stra"),
+    (['{"post_id": "stranger", "completion": "x"}'] * 3,
+     "; 3 lines are of no prompt of train, for example line 1, 'stranger'. The prompts to complete are written by"),
     (['{"completion": "x"}'], 'line 1: prompt is missing or null'),
     (['{"custom_id": "a", "response": null, "error": "out of memory"}'] * 4,
      r'line 1: its response does not hold one choice; ask again .* \(and 3 more\)'),
@@ -437,7 +438,10 @@ def shapes(prompt, id, answer):
     """The lines in which tools write that `answer`, cut off, follows the rendered prompt of a post."""
     post, cut = prompt.removesuffix(prepare_shp.SEPARATOR), dict(finish_reason='length')
     asked, said = dict(role='user', content=post), dict(role='assistant', content=answer)
-    body = lambda choice: dict(id='batch-1', custom_id=id, response=dict(status_code=200, body=dict(choices=[choice])))
+
+    def body(**choice):
+        return dict(id='batch-1', custom_id=id, response=dict(status_code=200, body=dict(choices=[choice | cut])))
+
     return {
         'ours': dict(prompt=post, completion=answer, ended=False),
         'vLLM': dict(prompt=prompt, text=answer, **cut),
@@ -449,8 +453,8 @@ def shapes(prompt, id, answer):
         'pipeline, of the post alone': dict(prompt=post, generated_text=post + answer, **cut),
         'pipeline, return_full_text=False': dict(prompt=prompt, generated_text=answer, **cut),
         'pipeline, chat': dict(prompt_id=id, prompt=[asked], generated_text=[asked, said], **cut),
-        'batch, completions': body(dict(index=0, text=answer, **cut)),
-        'batch, chat': body(dict(index=0, message=said, **cut))}
+        'batch, completions': body(index=0, text=answer),
+        'batch, chat': body(index=0, message=said)}
 
 
 @pytest.mark.parametrize('shape', shapes('p', 'i', 'a'))
