@@ -1,9 +1,9 @@
 """SHP rows -> token arrays in data/<dataset>/, and reading them back. The only tokenizer and the only prompt template.
 
     python prepare_shp.py                                   stanfordnlp/SHP from the Hub
-    python prepare_shp.py --source=DIR --dataset=mine       SHP's own layout, [<domain>/]{train,validation,test}.json[l]
-    python prepare_shp.py --source=a.jsonl --dataset=mine   JSON lines: SHP rows, {"prompt", "responses": [best, ...],
-                                                            "scores"?}, or TRL's {"prompt", "chosen", "rejected"}
+    python prepare_shp.py --source=hf:NAME --dataset=mine   another dataset of the Hub
+    python prepare_shp.py --source=DIR --dataset=mine       [<domain>/]{train,validation,test}.json[l]: JSON lines
+    python prepare_shp.py --source=a.jsonl --dataset=mine   files of JSON lines; sources.py says what rows may look like
     python prepare_shp.py --source=toy                      toy_shp.py's rows
 
 Letters: D documents, G groups (a prompt and its K answers, best first), B rows of a batch, T tokens.
@@ -20,7 +20,6 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,29 +28,23 @@ import tiktoken
 import torch
 
 from configurator import Refusal, at_least, run
-from toy_shp import toy_rows
+from sources import SPLITS, check_source, counted, pair_of, records_of
 
 DATA_DIR = 'data'
 VERSION = 2         # of the files' format
 END_OF_TEXT = '<|endoftext|>'
 VOCABULARIES = {'gpt2': 50257, 'bytes': 257}  # tokens, end-of-text among them
 SEPARATOR = '\nA:\n'
-SPLIT_SEED = 20240  # of splits and of the toy's rows: they are part of the data, not of a run
-HELD_OUT = 0.05     # of the prompts, for each of val and test where the source has none
-ROW_TRAIN = 0.8     # of the rows, under split='row'
-TOY_POSTS = {'train': 4000, 'validation': 400, 'test': 400}
-MAX_TEXT = 2 ** 18  # characters; Reddit's longest post has 40,000, and tiktoken panics on 2^20 blanks in a row
-SPLITS = {'train': 'train', 'val': 'validation', 'test': 'test'}  # our names: SHP's
 DOCUMENT_FILES = {'.bin': np.uint16, '_offsets.bin': np.int64, '_leaked.bin': np.bool_}
 GROUP_ARRAYS = dict(tokens=np.uint16, offsets=np.int64, prompts=np.int64, answers=np.int64, first=np.int64,
                     scores=np.float64, ids=np.str_)
-MAX_ID = 64         # characters of a post_id; Reddit's have 6
 
 
 @dataclass(frozen=True)
 class Config:
     dataset: str = ''              # folder under data/; '' = shp for the Hub, toy for the toy
-    source: str = 'hub'            # hub (stanfordnlp/SHP), toy, a directory, or JSON-lines files with commas between
+    source: str = 'hub'            # hub (SHP), hf:OWNER/NAME, toy, a folder, or JSON-lines files with commas between
+    columns: tuple[str, ...] = ()  # OURS:THEIRS where names differ: prompt:question,responses:replies,train:train_prefs
     encoding: str = ''             # gpt2 or bytes; '' = bytes for the toy, gpt2 otherwise
     split: str = 'post'            # post: the dataset's own splits; row: train rows cut 80/20 at random, which leaks
     max_rows: int = 0              # first rows of train, domains in sorted order; 0 = all
@@ -67,6 +60,7 @@ class Config:
             yield f"source='{self.source}' needs a name for its folder under {DATA_DIR}/: add --dataset=NAME"
         if self.dataset and not re.fullmatch(r'[A-Za-z0-9_-][A-Za-z0-9_.-]*', self.dataset):
             yield f"dataset='{self.dataset}' is no folder name; use letters, digits, '_', '-' and '.', not first"
+        yield from check_source(self)
         if self.encoding not in ('', *VOCABULARIES):
             yield f"encoding='{self.encoding}' is not one of {', '.join(VOCABULARIES)}"
         if self.split not in ('post', 'row'):
@@ -164,28 +158,6 @@ class Ranking(NamedTuple):
     scores: tuple
 
 
-class Comment(NamedTuple):
-    score: float
-    time: float
-    id: str
-    text: str
-
-    def beats(self, other, ratio=0.0):
-        """SHP's relation, which is transitive: written not earlier, and yet scored strictly higher.
-
-        `ratio` times as high, too, where the other's score is positive; to other scores a ratio means nothing.
-        """
-        return (self.time >= other.time and self.score > other.score
-                and (other.score <= 0 or self.score >= ratio * other.score))
-
-
-def _pair(row):
-    """A row's two comments, the preferred one first."""
-    a, b = (Comment(row[f'score_{x}'], row[f'created_at_utc_{x}'], row[f'c_root_id_{x}'], row[f'human_ref_{x}'])
-            for x in 'AB')
-    return (a, b) if row['labels'] == 1 else (b, a)
-
-
 def rankings(rows, min_score_ratio=0.0):
     """SHP rows (dicts, of one post or of many) -> list of Ranking: every preference kept, none invented.
 
@@ -195,7 +167,7 @@ def rankings(rows, min_score_ratio=0.0):
     """
     posts = {}
     for row in rows:
-        winner, loser = _pair(row)
+        winner, loser = pair_of(row)
         if winner.beats(loser, min_score_ratio):
             posts.setdefault((row['post_id'], row['history']), {})[winner, loser] = None
     found = []
@@ -220,179 +192,6 @@ def _longest_chain(comments, ratio):
     return ranked
 
 
-# Sources: everything becomes SHP rows --------------------------------------------------------------------------------
-
-
-def _sources(cfg):
-    """{'train': [(name, lines), ...], 'validation': ..., 'test': ...}; a line is JSON in bytes, or a dict."""
-    if cfg.source == 'toy':
-        return {split: [(f'toy {split}', toy_rows(split, n, SPLIT_SEED))] for split, n in TOY_POSTS.items()}
-    if cfg.source == 'hub':
-        try:
-            import datasets
-            hub = datasets.load_dataset('stanfordnlp/SHP')
-        except Exception as error:  # of whatever kind the network, the Hub or a half-filled cache raise
-            raise Refusal(f'stanfordnlp/SHP could not be had from the Hub ({type(error).__name__}): take a local copy '
-                          'with --source=DIR --dataset=shp; where it was downloaded before, set HF_HUB_OFFLINE=1 and '
-                          'HF_HOME to that cache; --source=toy needs no network')
-        return {split: [(f'SHP {split}', hub[split])] for split in SPLITS.values()}
-    files, folder = {'train': cfg.source.split(',')}, Path(cfg.source)
-    if folder.is_dir():
-        files = {split: sorted(str(path) for pattern in ('.json', '.jsonl') for where in ('', '*/')
-                               for path in folder.glob(where + split + pattern)) for split in SPLITS.values()}
-        if not files['train']:
-            raise Refusal(f'{cfg.source} has neither train.json[l] nor <domain>/train.json[l]')
-    return {split: [(path, _lines(path)) for path in paths] for split, paths in files.items() if paths}
-
-
-def _lines(path):
-    try:
-        with open(path, 'rb') as file:
-            for number, line in enumerate(file):
-                if number == 0 and line.startswith((b'\xff\xfe', b'\xfe\xff')):
-                    raise Refusal(f'{path} is UTF-16; save it as JSON lines in UTF-8')
-                yield line.removeprefix(b'\xef\xbb\xbf') if number == 0 else line
-    except OSError as error:
-        raise Refusal(f'{path} cannot be read: {error.strerror}')
-
-
-def _shp_rows(line, where):
-    """A line of any known schema -> the SHP rows it amounts to, best pair first. ValueError with the reason if bad."""
-    if isinstance(line, bytes):
-        try:
-            line = json.loads(line.decode())
-        except UnicodeDecodeError:
-            raise ValueError('not UTF-8')
-        except (ValueError, RecursionError):
-            raise ValueError('not JSON')
-    if not isinstance(line, dict):
-        raise ValueError('not a JSON object')
-    if 'responses' in line:
-        return _ranked_rows(line.get('prompt'), line['responses'], line.get('scores'), where)
-    if {'chosen', 'rejected'} <= set(line):
-        prompt, chosen, rejected = line.get('prompt'), line['chosen'], line['rejected']
-        if prompt is None and isinstance(chosen, list) and isinstance(rejected, list) and chosen[:-1] == rejected[:-1]:
-            prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
-        return _ranked_rows(_said(prompt), [_said(chosen), _said(rejected)], None, where)
-    if not {'history', 'human_ref_A', 'labels'} & set(line):
-        raise ValueError(f"columns {', '.join(map(repr, line))[:200]}, neither SHP's nor prompt + responses nor "
-                         'prompt + chosen + rejected')
-    row = {key: checked_text(key, line.get(key)) for key in ('post_id', 'domain', 'history', 'c_root_id_A',
-                                                             'c_root_id_B', 'human_ref_A', 'human_ref_B')}
-    row |= {key: _number(key, line.get(key)) for key in ('score_A', 'score_B', 'created_at_utc_A', 'created_at_utc_B')}
-    row |= dict(domain=re.sub('_(train|validation|test)$', '', row['domain']), labels=line.get('labels'))
-    if len(row['post_id']) > MAX_ID:
-        raise ValueError(f'post_id is longer than {MAX_ID} characters')
-    if row['labels'] not in (0, 1):
-        raise ValueError('labels is neither 0 nor 1')
-    winner, loser = _pair(row)
-    if not winner.beats(loser):
-        raise ValueError('label contradicts scores or times')
-    return [row]
-
-
-def _said(messages):
-    """TRL's conversations, [{role, content}, ...] -> text; anything else as it is."""
-    if isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get('content'), str) for m in messages):
-        return '\n\n'.join(m['content'] for m in messages)
-    return messages
-
-
-def _ranked_rows(prompt, responses, scores, where):
-    if not isinstance(responses, list) or len(responses) < 2:
-        raise ValueError('responses is not a list of two or more')
-    if scores is not None and (not isinstance(scores, list) or len(scores) != len(responses)):
-        raise ValueError('scores is not a list as long as responses')
-    comments = [Comment(_number('a score', score), -k, str(k), checked_text('a response', text)) for k, (score, text)
-                in enumerate(zip(scores or range(0, -len(responses), -1), responses))]  # to 0 and less no ratio applies
-    if not all(a.beats(b) for a, b in zip(comments, comments[1:])):
-        raise ValueError('scores do not fall from the first response to the last')
-    history = checked_text('prompt', prompt)
-    return [dict(post_id=where, domain='', history=history, labels=1, score_A=a.score, score_B=b.score,
-                 created_at_utc_A=a.time, created_at_utc_B=b.time, c_root_id_A=a.id, c_root_id_B=b.id,
-                 human_ref_A=a.text, human_ref_B=b.text) for a, b in combinations(comments, 2)]
-
-
-def checked_text(key, text):
-    """`text` itself if it is fit to be trained on; else ValueError, which calls it `key` and gives the reason."""
-    reason = ('is missing or null' if text is None else 'is not text' if not isinstance(text, str) else
-              f'is longer than {MAX_TEXT} characters' if len(text) > MAX_TEXT else 'is empty' if not text.strip() else
-              'holds a NUL or half a surrogate pair' if re.search('[\0\ud800-\udfff]', text) else '')
-    if reason:
-        raise ValueError(f'{key} {reason}')
-    return text
-
-
-def _number(key, number):
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not -2 ** 53 < number < 2 ** 53:
-        raise ValueError(f'{key} is not a finite number')  # NaN fails both comparisons
-    return number
-
-
-def _read(name, lines, cfg, share):
-    """One file's lines -> (records, Counter); a record is the SHP rows of a line. `share` keeps equal texts once."""
-    records, count, bad, example = [], Counter(), Counter(), ''
-    for number, line in enumerate(lines, 1):
-        if isinstance(line, bytes) and not line.strip():
-            continue
-        count['read'] += 1
-        try:
-            rows = _shp_rows(line, f'{Path(name).name}:{number}')
-        except ValueError as error:
-            bad[str(error)] += 1
-            example = example or f'line {number}: {error}'
-            continue
-        domain, rows = rows[0]['domain'], [row for row in rows if Comment.beats(*_pair(row), cfg.min_score_ratio)]
-        if cfg.domains and domain not in cfg.domains:
-            count[f'of domain {domain or "unknown"}'] += 1
-        elif not rows:
-            count['below min_score_ratio'] += 1
-        else:
-            records.append([{key: share.setdefault(x, x) if isinstance(x, str) else x for key, x in row.items()}
-                            for row in rows])
-    if sum(bad.values()) > cfg.max_bad_fraction * count['read']:
-        raise Refusal(f'{name}: {sum(bad.values())} of {count["read"]} rows are unusable, more than max_bad_fraction='
-                      f'{cfg.max_bad_fraction} allows; {example}; in all: {_counts(bad)}')
-    count['kept'] = len(records)
-    return records, count + bad
-
-
-def _records(cfg):
-    """-> ({'train' | 'val' | 'test': records}, {SHP's split: Counter of its rows}, the rule of the split in words)."""
-    records, counts, share, rule = {}, {}, {}, "the source's own splits"
-    for split, files in _sources(cfg).items():
-        read = [_read(name, lines, cfg, share) for name, lines in files]
-        records[split] = [record for file, _ in read for record in file]
-        counts[split] = sum((count for _, count in read), Counter())
-    train = sorted(records['train'], key=lambda record: record[0]['domain'])
-    unknown = set(cfg.domains) - {record[0]['domain'] for record in train}
-    if not train or unknown:
-        of_domain = ' of domain ' * bool(unknown) + ', '.join(sorted(unknown))
-        raise Refusal(f"{cfg.source} has no usable train row{of_domain}: {_counts(counts['train'])}")
-    needed = ('test',) if cfg.split == 'row' else ('validation', 'test')
-    missing = [split for split in needed if split not in records]
-    if missing:
-        prompts = list(dict.fromkeys(record[0]['history'] for record in train))
-        order = np.random.default_rng(SPLIT_SEED).permutation(len(prompts))
-        size = max(1, round(HELD_OUT * len(prompts)))
-        split_of = {prompts[j]: split for i, split in enumerate(missing) for j in order[i * size:(i + 1) * size]}
-        for split in missing:
-            records[split] = [record for record in train if split_of.get(record[0]['history']) == split]
-        train = [record for record in train if record[0]['history'] not in split_of]
-        rule = f"{' and '.join(missing)} cut from train by prompt, {HELD_OUT:.0%} of the prompts each"
-        if not train:
-            raise Refusal(f'{cfg.source} has {len(prompts)} prompts, too few to hold some out; give it more, or a '
-                          'folder with train.jsonl, validation.jsonl and test.jsonl')
-    if 0 < cfg.max_rows < len(train):
-        counts['train']['beyond max_rows'] = len(train) - cfg.max_rows
-        train = train[:cfg.max_rows]
-    if cfg.split == 'row':
-        order, cut = np.random.default_rng(SPLIT_SEED).permutation(len(train)), round(ROW_TRAIN * len(train))
-        train, records['validation'] = [train[i] for i in order[:cut]], [train[i] for i in order[cut:]]
-        rule = f'{ROW_TRAIN:.0%} of the train rows at random, the rest is val, so that posts leak; test: {rule}'
-    return {'train': train, 'val': records['validation'], 'test': records['test']}, counts, rule
-
-
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
@@ -406,11 +205,12 @@ def prepare(cfg):
     final = _folder(cfg)
     if final.exists() and not cfg.overwrite:
         raise Refusal(f'{final} exists; use it, choose another --dataset=NAME, or replace it with --overwrite=True')
-    absent = [name for name in cfg.source.split(',') if name not in ('hub', 'toy') and not Path(name).exists()]
+    absent = [name for name in cfg.source.split(',') if not (name in ('hub', 'toy') or name.startswith('hf:')
+                                                             or Path(name).exists())]
     if absent:
         raise Refusal(f"source {', '.join(absent)} does not exist; name a folder or files of JSON lines")
     enc = encoding(_options(cfg)['encoding'])
-    records, rows, rule = _records(cfg)
+    records, rows, rule = records_of(cfg)
     folder, seen = final.with_name(f'.{final.name}.tmp-{os.getpid()}'), set()
     try:
         for leftover in final.parent.glob(f'.{final.name}.tmp-*'):
@@ -419,8 +219,9 @@ def prepare(cfg):
         folder.mkdir(parents=True)
         splits = {split: _write_split(folder, split, records.pop(split), cfg, enc, seen) for split in SPLITS}
         template = ''.join(render('{history}', '{answer}')) + END_OF_TEXT
-        meta = dict(version=VERSION, source=cfg.source, options=_options(cfg), rule=rule, template=template,
-                    encoding=enc.name, vocab_size=enc.n_vocab, eot=enc.eot_token, rows=rows, splits=splits,
+        meta = dict(version=VERSION, source=cfg.source, columns=list(cfg.columns), options=_options(cfg), rule=rule,
+                    template=template, encoding=enc.name, vocab_size=enc.n_vocab, eot=enc.eot_token, rows=rows,
+                    splits=splits,
                     versions=dict(numpy=np.__version__, tiktoken=tiktoken.__version__),
                     sha256={path.name: _sha256(path) for path in sorted(folder.iterdir())})
         _write(folder / 'meta.json', lambda file: file.write(json.dumps(meta, indent=1).encode()))
@@ -453,7 +254,7 @@ def _write_split(folder, split, records, cfg, enc, seen):
         return prompts.setdefault(prompt, len(prompts)), answers.setdefault(completion, len(answers))
 
     for i, (row, *_) in enumerate(records):
-        winner, _ = _pair(row)
+        winner, _ = pair_of(row)
         one_per = i if cfg.split == 'row' and split != 'test' else (row['post_id'], winner.id)
         documents.setdefault(one_per, place(row['history'], winner.text))
     ranked = rankings([row for record in records for row in record], cfg.min_score_ratio)
@@ -813,18 +614,14 @@ def main(cfg):
     meta = prepare(cfg)
     print(f"{_folder(cfg)}: {meta['source']}; {meta['encoding']}, {meta['vocab_size']} tokens; split: {meta['rule']}")
     for split, count in meta['rows'].items():
-        print(f"{split} rows: {_counts(count)}")
+        print(f"{split} rows: {counted(count)}")
     for split, count in meta['splits'].items():
         print(f"{split}: {count['posts']} posts, {count['documents']} documents, {count['tokens']} tokens, "
               f"{count['leaked']} documents also in train, {count['cut_answers']} answers cut\n"
-              f"  {count['groups']} rankings, {_counts(count['k'], 'K=')}; longest of each post: "
-              f"{_counts(count['longest_k'], 'K=')}; {count['lost_answers']} answers lost as equal")
+              f"  {count['groups']} rankings, {counted(count['k'], 'K=')}; longest of each post: "
+              f"{counted(count['longest_k'], 'K=')}; {count['lost_answers']} answers lost as equal")
     for name, digest in meta['sha256'].items():
         print(f'{digest[:16]}  {name}')
-
-
-def _counts(counter, what=''):
-    return ', '.join(f'{n} {what}{key}' for key, n in counter.items()) or 'none'
 
 
 if __name__ == '__main__':

@@ -1,21 +1,37 @@
 """Who may teach in distillation: a run of ours, a file of completions, or a causal LM of Hugging Face.
 
+    python teachers.py --dataset=mine --prompts=FILE.jsonl      train's prompts, for a teacher elsewhere to complete
+
 A teacher is a module with a method answers(run, groups, iteration): its answer to each group's prompt, as ids of our
 encoding, closed by end-of-text where it ended.
 """
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 
+import prepare_shp
 from answers import gather_answers, leave_together, make_gpt, sample, text_of
-from configurator import Refusal
+from configurator import Refusal, run
 from huggingface import is_hugging_face
 from model import check_vocabulary, load_run
-from prepare_shp import SEPARATOR, checked_text, render
+from prepare_shp import SEPARATOR, render
+from sources import checked_text, parsed, said
+from train import write_whole
+
+# in a line of completions, the first there is: whose prompt's it is, where train knows it, and what was said
+IDS = 'custom_id', 'prompt_id', 'post_id', 'id'
+COMPLETIONS = 'completion', 'text', 'generated_text'
+CUT_OFF = 'length', 'abort', 'content_filter'  # as a finish_reason
+
+
+@dataclass(frozen=True)
+class Config(prepare_shp.Config):
+    prompts: str = 'prompts.jsonl'  # the file to write: {"prompt_id", "prompt"} for each distinct prompt of train
 
 
 def open_teacher(cfg, encoding, groups):
@@ -55,55 +71,111 @@ class RunTeacher(nn.Module):
         return sample(run, self.gpt, [group.prompt[-self.room:] for group in groups], iteration, 2 ** 32)
 
 
+def prompts_of(groups, encoding):
+    """The rendered prompt of each group, and the ids that stand for one prompt alone: {id: prompt}."""
+    prompts = [encoding.decode(groups.piece(p).tolist()) for p in groups.prompts]
+    of_id = {}
+    for id, prompt in zip(groups.ids.tolist(), prompts):
+        of_id.setdefault(id, set()).add(prompt)
+    return prompts, {id: min(those) for id, those in of_id.items() if len(those) == 1}
+
+
 class WrittenTeacher(nn.Module):
-    """Completions made elsewhere: JSON lines of {"prompt" or "post_id", "completion"}; "ended": false = cut off."""
+    """Completions made elsewhere, one for each distinct prompt of train: JSON lines, the prompt by its id or its text,
+
+        {"prompt_id" | "post_id" | "id" | "prompt", "completion" | "text" | "generated_text"}
+        {"custom_id", "response": {"body": {"choices": [{"text" | "message": {"content"}, "finish_reason"}]}}}
+
+    the second OpenAI's batch output, as vLLM writes it. "ended": false or a finish_reason of "length": it was cut off.
+    A generated_text loses the prompt where it begins with it, as transformers' pipeline lets it.
+    """
 
     def __init__(self, cfg, encoding, groups):
         super().__init__()
-        self.path, self.completions, problems = cfg.teacher, {}, {}
+        self.path, self.completions, problems, strangers, again = cfg.teacher, {}, {}, [], []
+        self.prompts, self.of_id = prompts_of(groups, encoding)
+        known, generators = set(self.prompts), set()
         try:
             text = Path(cfg.teacher).read_bytes()
         except OSError as error:
             raise Refusal(f'teacher={cfg.teacher} cannot be read ({error.strerror}); name a file of '
                           'completions') from None
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.removeprefix(b'\xef\xbb\xbf').splitlines(), 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                key = row.get('post_id', row.get('prompt_id'))
-                if key is None:
-                    key = render(checked_text('prompt', row.get('prompt')).removesuffix(SEPARATOR), '')[0]
-                completion, ended = checked_text('completion', row.get('completion')), row.get('ended', True)
-                if not isinstance(key, str) or not isinstance(ended, bool):
-                    raise ValueError('post_id is not text or ended is neither true nor false')
-                if key in self.completions:
-                    raise ValueError('its prompt has a completion already')
-                self.completions[key] = ids_of(encoding, completion, ended, cfg.max_new_tokens)
-            except AttributeError:
-                problems.setdefault('it is not a JSON object', number)
-            except RecursionError:
-                problems.setdefault('it is not JSON', number)
+                row = parsed(line)
+                completion, ended = completion_of(row)
+                prompt, named = self.prompt_of(row)
+                if prompt in known and 'generated_text' in row:
+                    completion = without(completion, prompt, said(row.get('prompt')))
+                completion = checked_text('completion', completion)
             except ValueError as error:
-                problems.setdefault('it is not JSON' if isinstance(error, json.JSONDecodeError) else str(error), number)
+                reason = str(error)
+                problems.setdefault('it is ' * reason.startswith('not ') + reason, []).append(number)
+                continue
+            if prompt not in known:
+                strangers.append(f'line {number}, {named[:80]!r}')
+            elif prompt in self.completions:
+                again.append(f'line {number}, {named[:80]!r}')
+                generators.add('generator' in row)
+            else:
+                self.completions[prompt] = ids_of(encoding, completion, ended, cfg.max_new_tokens)
         if problems:
-            raise Refusal(f'{cfg.teacher} does not hold lines of {{"prompt" or "post_id", "completion"}}: ' + '; '.join(
-                f'line {number}: {what}' for what, number in problems.items()))
-        self.find([(id, encoding.decode(groups.piece(p).tolist())) for id, p in zip(groups.ids, groups.prompts)])
+            reasons = '; '.join(f'line {lines[0]}: {what}' + f' (and {len(lines) - 1} more)' * (len(lines) > 1)
+                                for what, lines in problems.items())
+            raise Refusal(f'{self.path} does not hold lines of {{"prompt" or "prompt_id", "completion"}}: {reasons}')
+        complaints, missing = [], [i for i, prompt in enumerate(self.prompts) if prompt not in self.completions]
+        if missing:
+            id, prompt = groups.ids[missing[0]], self.prompts[missing[0]].removesuffix(SEPARATOR)
+            complaints.append(f'it has no completion for {len(known) - len(self.completions)} of {len(known)} prompts, '
+                              f'for example post {id}, {prompt[:80]!r}')
+        if strangers:
+            complaints.append(f'{len(strangers)} lines are of no prompt of train, for example {strangers[0]}')
+        if again:
+            complaints.append(f'{len(again)} lines are of a prompt that has a completion already, for example '
+                              f'{again[0]}; keep one for each' + ', say of one "generator"' * any(generators))
+        if complaints:
+            raise Refusal(f"{self.path} does not fit train's prompts: {'; '.join(complaints)}. The prompts to complete "
+                          'are written by: python teachers.py --dataset=NAME --prompts=FILE.jsonl')
         # in the state, so that a resume notices another file
         self.register_buffer('sha256', torch.tensor(list(hashlib.sha256(text).digest()), dtype=torch.uint8))
 
-    def answers(self, run, groups, iteration):
-        return self.find([(group.id, text_of(run, group.prompt)) for group in groups])
+    def prompt_of(self, row):
+        """-> the rendered prompt that a line is about, by an id that train knows or else by its text; and its name."""
+        ids = [row[key] for key in IDS if isinstance(row.get(key), str)]
+        id = next((id for id in ids if id in self.of_id), None)
+        if id is not None:
+            return self.of_id[id], id
+        if row.get('prompt') is None and ids:
+            return None, ids[0]
+        prompt = checked_text('prompt', said(row.get('prompt')))
+        return render(prompt.removesuffix(SEPARATOR), '')[0], prompt
 
-    def find(self, prompts):
-        """[(post's id, rendered prompt)] -> their completions; refuses where one is missing."""
-        found = [self.completions.get(id, self.completions.get(prompt)) for id, prompt in prompts]
-        if missing := sum(answer is None for answer in found):
-            id, prompt = prompts[found.index(None)]
-            raise Refusal(f'{self.path} has no completion for {missing} of {len(found)} prompts, for example post '
-                          f'{id}, {prompt.removesuffix(SEPARATOR)[:80]!r}; write one for each')
-        return found
+    def answers(self, run, groups, iteration):
+        return [self.completions[self.prompts[group.number]] for group in groups]
+
+
+def completion_of(row):
+    """A line of completions -> its text, and whether it ended. ValueError: the reason why there is none."""
+    if row.get('response') is not None or row.get('error') is not None:
+        try:
+            (row,) = row['response']['body']['choices']
+            row = row | (dict(text=row['message']['content']) if 'message' in row else {})
+        except (KeyError, TypeError, ValueError):
+            raise ValueError('its response does not hold one choice; ask again where the request failed') from None
+    text = next((row[key] for key in COMPLETIONS if row.get(key) is not None), None)
+    if text is not said(text):  # the pipeline's conversation, the answer last
+        text = text[-1]['content']
+    ended = row.get('ended', row.get('finish_reason') not in CUT_OFF)
+    if not isinstance(ended, bool):
+        raise ValueError('its ended is neither true nor false')
+    return checked_text('completion', text), ended
+
+
+def without(text, *prompts):
+    """text less the first of the prompts that it begins with."""
+    return next((text.removeprefix(p) for p in prompts if isinstance(p, str) and p and text.startswith(p)), text)
 
 
 class HuggingFaceTeacher(nn.Module):
@@ -156,3 +228,19 @@ class HuggingFaceTeacher(nn.Module):
                 answers[i] = ids_of(run.encoding, text, length is not None, cfg.max_new_tokens)
         leave_together(run)
         return gather_answers(run, answers)
+
+
+def main(cfg):
+    """Writes train's prompts, rendered, each once, with an id to join its completion by."""
+    data = prepare_shp.open_dataset(cfg)
+    prompts, of_id = prompts_of(data.groups('train'), prepare_shp.encoding(data.meta['encoding']))
+    if Path(cfg.prompts).exists():
+        raise Refusal(f'{cfg.prompts} exists; name another file with --prompts=FILE.jsonl')
+    id_of = {prompt: id for id, prompt in reversed(of_id.items())}
+    lines = [json.dumps(dict(prompt_id=id_of.get(prompt), prompt=prompt)) + '\n' for prompt in dict.fromkeys(prompts)]
+    write_whole(Path(cfg.prompts), ''.join(lines))
+    print(f'{cfg.prompts}: {len(lines)} prompts')
+
+
+if __name__ == '__main__':
+    run(main, Config)

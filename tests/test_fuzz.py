@@ -21,6 +21,7 @@ import plot
 import prepare_shp
 import preference
 import sample
+import sources
 import teachers
 import test_preference
 import train
@@ -66,6 +67,14 @@ def change(x, rng, replacement):
 # Rows of data -------------------------------------------------------------------------------------------------------
 
 
+TALK = st.lists(st.one_of(JSON, st.fixed_dictionaries(dict(
+    role=st.one_of(st.sampled_from(['user', 'assistant', 'system']), TEXT), content=st.one_of(TEXT, JSON)))),
+                max_size=4)
+SCORED = st.one_of(JSON, st.lists(st.one_of(JSON, st.fixed_dictionaries({}, optional={
+    'answer': st.one_of(TEXT, TALK), 'response': TEXT, 'rank': NUMBER, 'overall_score': st.one_of(NUMBER, JSON),
+    'fine-grained_score': NUMBER}), st.fixed_dictionaries(dict(answer=TEXT, rank=st.integers(1, 3)))), max_size=5))
+COLUMNS = st.dictionaries(st.sampled_from(sources.COLUMNS), st.one_of(TEXT, st.sampled_from(
+    ['prompt', 'instruction', 'answers', 'completions', 'chosen', 'rank', 'response'])), max_size=3)
 SHP_ROW = st.fixed_dictionaries({}, optional={
     **{key: st.one_of(TEXT, JSON) for key in ('post_id', 'domain', 'history', 'c_root_id_A', 'c_root_id_B',
                                               'human_ref_A', 'human_ref_B')},
@@ -77,21 +86,26 @@ ROWS = st.one_of(
               st.sampled_from(sorted(next(iter(toy_rows('train', 1, 0))))), st.one_of(TEXT, NUMBER, JSON)),
     st.fixed_dictionaries(dict(prompt=st.one_of(TEXT, JSON), responses=st.one_of(st.lists(TEXT, max_size=4), JSON)),
                           optional=dict(scores=st.one_of(st.lists(NUMBER, max_size=4), JSON))),
-    st.fixed_dictionaries(dict(chosen=st.one_of(TEXT, JSON), rejected=st.one_of(TEXT, JSON)),
-                          optional=dict(prompt=st.one_of(TEXT, JSON))))
+    st.fixed_dictionaries(dict(chosen=st.one_of(TEXT, TALK, JSON), rejected=st.one_of(TEXT, TALK, JSON)), optional=dict(
+        prompt=st.one_of(TEXT, TALK, JSON), question=TEXT, score_chosen=st.one_of(NUMBER, JSON),
+        score_rejected=NUMBER)),
+    st.fixed_dictionaries({}, optional=dict(
+        prompt=st.one_of(TEXT, TALK, TEXT.map('\n\nHuman: {}\n\nAssistant: '.format)),
+        instruction=st.one_of(TEXT, JSON),
+        responses=SCORED, completions=SCORED, answers=SCORED)))
 LINES = st.one_of(ROWS.map(lambda row: json.dumps(row).encode()), st.binary(max_size=40), TEXT.map(
     lambda text: text.encode('utf-8', 'surrogatepass')), ROWS.map(lambda row: json.dumps(row).encode()[:-2]))
 
 
-@given(LINES)
-def test_a_line_becomes_rows_or_a_reason(line):
+@given(LINES, COLUMNS)
+def test_a_line_becomes_rows_or_a_reason(line, columns):
     try:
-        rows = prepare_shp._shp_rows(line, 'file:1')
+        rows = sources.shp_rows(sources.parsed(line), 'file:1', columns)
     except ValueError as error:
         assert type(error) is ValueError and str(error) and len(str(error)) < 400
         return
     for row in rows:
-        winner, loser = prepare_shp._pair(row)
+        winner, loser = sources.pair_of(row)
         assert winner.beats(loser)
         for text in (winner.text, loser.text, row['history']):
             assert text.strip() and '\0' not in text and text.encode()
@@ -111,7 +125,8 @@ def test_a_dataset_says_what_its_rows_say_and_nothing_else(lines, rng):
     allowed = set()
     for number, line in enumerate(mixed, 1):
         try:
-            for row in prepare_shp._shp_rows(line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line, 'f:1'):
+            for row in sources.shp_rows(sources.parsed(
+                    line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line), 'f:1'):
                 for x in 'AB':
                     allowed.add(''.join(render(row['history'], row[f'human_ref_{x}'])))
         except ValueError:
@@ -178,9 +193,17 @@ def test_damaged_groups_are_refused(junk, rng):
 # Teachers, metrics, options -----------------------------------------------------------------------------------------
 
 
-COMPLETION = st.one_of(JSON, st.fixed_dictionaries({}, optional=dict(
-    prompt=st.one_of(TEXT, JSON), completion=st.one_of(TEXT, JSON), post_id=st.one_of(TEXT, JSON),
-    prompt_id=TEXT, ended=st.one_of(st.booleans(), JSON))))
+CHOICE = st.fixed_dictionaries({}, optional=dict(text=st.one_of(TEXT, JSON), finish_reason=st.one_of(TEXT, JSON),
+                                               message=st.one_of(JSON, st.builds(dict, content=TEXT))))
+KEYS = dict(post_id=st.one_of(TEXT, JSON), prompt_id=TEXT, id=st.one_of(TEXT, JSON), custom_id=TEXT,
+            prompt=st.one_of(TEXT, TALK, JSON), ended=st.one_of(st.booleans(), JSON), finish_reason=JSON)
+COMPLETION = st.one_of(
+    JSON,
+    st.fixed_dictionaries({}, optional=dict(KEYS, completion=st.one_of(TEXT, JSON), text=st.one_of(TEXT, JSON),
+                                            generated_text=st.one_of(TEXT, TALK, JSON))),
+    st.fixed_dictionaries(dict(response=st.one_of(JSON, st.builds(dict, body=st.one_of(JSON, st.builds(
+        dict, choices=st.one_of(JSON, st.lists(st.one_of(CHOICE, JSON), max_size=2))))))),
+        optional=dict(KEYS, error=JSON)))
 
 
 @given(st.lists(st.one_of(COMPLETION.map(lambda row: json.dumps(row).encode()), st.binary(max_size=30)), max_size=5))

@@ -412,12 +412,20 @@ def test_teachers_of_three_kinds(tmp_path, monkeypatch):
 @pytest.mark.parametrize('lines, words', [
     (['', '{"prompt": "a"}'], 'line 2: completion is missing or null'),
     (['[1]', 'rubbish'], 'line 1: it is not a JSON object; line 2: it is not JSON'),
-    (['{"post_id": "a", "completion": "x"}', '{"post_id": "a", "completion": "y"}'], 'line 2: its prompt has a'),
     (['{"post_id": "a", "completion": " "}'], 'line 1: completion is empty'),
     (['[' * 200_000], 'line 1: it is not JSON'),
     (['{"post_id": "a", "completion": "x", "ended": "no"}'], 'line 1: .* ended is neither true nor false'),
     (['{"post_id": "a", "completion": "' + 'x' * 300_000 + '"}'], 'is longer than 262144 characters'),
     (['{"post_id": "stranger", "completion": "x"}'], 'has no completion for .* prompts, for example post'),
+    (['{"post_id": "stranger", "completion": "x"}'] * 3,
+     "; 3 lines are of no prompt of train, for example line 1, 'stranger'. The prompts to complete are written by"),
+    (['{"completion": "x"}'], 'line 1: prompt is missing or null'),
+    (['{"custom_id": "a", "response": null, "error": "out of memory"}'] * 4,
+     r'line 1: its response does not hold one choice; ask again .* \(and 3 more\)'),
+    (['{"custom_id": "a", "response": {"body": {"choices": [{"text": "a"}, {"text": "b"}]}}}'], 'hold one choice'),
+    (['{"custom_id": "a", "response": {"body": {"choices": [{"message": {"content": null}}]}}}'],
+     'line 1: completion is missing or null'),
+    (['{"prompt": "a", "generated_text": NaN}'], 'line 1: completion is not text'),
     ([], 'has no completion')])
 def test_completions_that_do_not_fit_are_refused(tmp_path, lines, words):
     path = tmp_path / 'written.jsonl'
@@ -425,6 +433,76 @@ def test_completions_that_do_not_fit_are_refused(tmp_path, lines, words):
     with pytest.raises(Refusal, match=words):
         preference.main(config(tmp_path / 'run', 'distill', teacher=str(path)))
     assert not (tmp_path / 'run').exists()
+
+
+def shapes(prompt, id, answer):
+    """The lines in which tools write that `answer`, cut off, follows the rendered prompt of a post."""
+    post, cut = prompt.removesuffix(prepare_shp.SEPARATOR), dict(finish_reason='length')
+    asked, said = dict(role='user', content=post), dict(role='assistant', content=answer)
+
+    def body(**choice):
+        return dict(id='batch-1', custom_id=id, response=dict(status_code=200, body=dict(choices=[choice | cut])))
+
+    return {
+        'ours': dict(prompt=post, completion=answer, ended=False),
+        'vLLM': dict(prompt=prompt, text=answer, **cut),
+        'by id': dict(prompt_id=id, text=answer, **cut),
+        'by post': dict(post_id=id, completion=answer, **cut),
+        'an id of its own': dict(id='cmpl-1', prompt=prompt, text=answer, **cut),
+        'pipeline': dict(prompt=prompt, generated_text=prompt + answer, **cut),
+        'pipeline, by id': dict(id=id, generated_text=prompt + answer, **cut),
+        'pipeline, of the post alone': dict(prompt=post, generated_text=post + answer, **cut),
+        'pipeline, return_full_text=False': dict(prompt=prompt, generated_text=answer, **cut),
+        'pipeline, chat': dict(prompt_id=id, prompt=[asked], generated_text=[asked, said], **cut),
+        'batch, completions': body(index=0, text=answer),
+        'batch, chat': body(index=0, message=said)}
+
+
+@pytest.mark.parametrize('shape', shapes('p', 'i', 'a'))
+def test_completions_as_tools_write_them(tmp_path, shape, capsys):
+    """From the prompts that teachers.py writes, through a tool, to the answers of a teacher."""
+    run, _ = a_run(tmp_path, 'distill')
+    teachers.main(teachers.Config(dataset='small', source='rows', encoding='bytes', prompts=str(tmp_path / 'p.jsonl')))
+    rows = [json.loads(line) for line in (tmp_path / 'p.jsonl').read_text().splitlines()]
+    assert f'{len(rows)} prompts' in capsys.readouterr().out and len({row['prompt'] for row in rows}) == len(rows)
+    assert {row['prompt_id'] for row in rows} == set(run.groups['train'].ids.tolist())
+    lines = [shapes(row['prompt'], row['prompt_id'], f"to {row['prompt_id']}")[shape] for row in rows]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    cfg = replace(run.cfg, teacher=str(tmp_path / 'a.jsonl'))
+    teacher = teachers.open_teacher(cfg, run.encoding, run.groups['train'])
+    picked = pick_groups(run.groups['train'], 0, 0, 12)
+    cut = [group._replace(prompt=group.prompt[-9:]) for group in picked]  # as where a block has too little room
+    assert [bytes(ids) for ids in teacher.answers(run, cut, 0)] == [f'to {group.id}'.encode() for group in picked]
+    with pytest.raises(Refusal, match='p.jsonl exists; name another file'):
+        teachers.main(teachers.Config(dataset='small', encoding='bytes', prompts=str(tmp_path / 'p.jsonl')))
+
+
+def test_an_iteration_teaches(tmp_path):
+    """What one run sampled, another learns from: one answer a prompt, or a refusal that counts."""
+    run, _ = a_run(tmp_path, 'spin', opponents=1)
+    groups, first = run.groups['train'], {}
+    for number, id in enumerate(groups.ids.tolist()):
+        first.setdefault(id, number)
+    picked = [prepare_shp.Group(g, id, groups.piece(groups.prompts[g]).tolist(), [[*b'fine', 256]])
+              for id, g in first.items()]
+    batch = group_batch([group._replace(answers=group.answers * 2) for group in picked], 80)
+    shape = batch['answer'].shape
+    batch |= dict(log_p=torch.zeros(shape[:2]), generator=torch.tensor([[answers.DATA, 0]]).expand(shape[:2]))
+    (tmp_path / 'run' / 'iterations').mkdir()
+    preference.write_iteration(run, 0, batch, {})
+    path = tmp_path / 'run' / 'iterations' / '0000.jsonl'
+    assert not list(path.parent.glob('.*')) and not list(path.parent.glob('*.tmp*'))  # written aside and renamed
+
+    def ask(path):
+        teacher = teachers.open_teacher(replace(run.cfg, teacher=str(path)), run.encoding, groups)
+        return teacher.answers(run, picked, 0)
+
+    with pytest.raises(Refusal, match=f'{len(picked)} lines are of a prompt that has a completion already, for example '
+                                      'line 2, .*; keep one for each, say of one "generator"'):
+        ask(path)
+    one = tmp_path / 'one.jsonl'
+    one.write_text(''.join(line for line in path.read_text().splitlines(True) if '"generator": "self-0"' in line))
+    assert ask(one) == [[*b'fine', 256]] * len(picked)
 
 
 # PPO ----------------------------------------------------------------------------------------------------------------

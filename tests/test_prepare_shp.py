@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import prepare_shp
+import sources
 from configurator import Refusal
 from prepare_shp import (Config, Documents, Groups, encoding, eval_batch, eval_length, group_batch, lm_batch, main, pack,
                         pick_groups,
@@ -191,7 +192,7 @@ def test_flat_folder_equals_layout_and_is_deterministic():
 
 
 def test_toy_is_made_on_the_spot(monkeypatch, capsys):
-    monkeypatch.setattr(prepare_shp, 'TOY_POSTS', {'train': 40, 'validation': 5, 'test': 5})
+    monkeypatch.setattr(sources, 'TOY_POSTS', {'train': 40, 'validation': 5, 'test': 5})
     data = open_dataset(Config(source='toy', overwrite=True))
     assert data.meta['encoding'] == 'bytes' and data.meta['splits']['train']['posts'] == 40
     before = os.stat('data/toy/train.bin').st_mtime_ns
@@ -440,14 +441,14 @@ def test_loser_of_the_rename_gets_a_sentence(monkeypatch):
     """Both have seen that there is no dataset yet; the other is faster."""
     write('rows.jsonl', [row(post_id=f'{i}', history=f'{i}') for i in range(30)])
     cfg = Config(dataset='d', source='rows.jsonl', encoding='bytes')
-    records = prepare_shp._records
+    records = prepare_shp.records_of
 
     def slow(cfg):
-        monkeypatch.setattr(prepare_shp, '_records', records)
+        monkeypatch.setattr(prepare_shp, 'records_of', records)
         prepare(cfg)
         return records(cfg)
 
-    monkeypatch.setattr(prepare_shp, '_records', slow)
+    monkeypatch.setattr(prepare_shp, 'records_of', slow)
     with pytest.raises(Refusal, match='made it meanwhile'):
         prepare(cfg)
     assert os.listdir('data') == ['d'] and open_dataset(cfg).meta

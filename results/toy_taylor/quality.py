@@ -8,7 +8,8 @@ from statistics import mean, stdev
 import torch
 
 from model import GPT, GPTConfig, load_checkpoint
-from prepare_shp import SPLIT_SEED, TOY_POSTS, encoding, render
+from prepare_shp import encoding, render
+from sources import SPLIT_SEED, TOY_POSTS
 from toy_shp import quality, toy_rows
 
 answers = {}
