@@ -224,7 +224,8 @@ def make_gpt(state):
 
 
 def make_scorer(state):
-    scorer = ScalarHead(GPT(GPTConfig(**dict(state['model_config'], dropout=0.0))), state['config'].get('reward_read', 'last'))
+    gpt = GPT(GPTConfig(**dict(state['model_config'], dropout=0.0)))
+    scorer = ScalarHead(gpt, state['config'].get('reward_read', 'last'))
     scorer.load_state_dict(state['reward_model'])
     return scorer.eval()
 

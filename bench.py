@@ -41,7 +41,7 @@ from model import GPT, GPTConfig, save_checkpoint
 from train import (DEVICES, Config as TrainConfig, StopSignal, Updates, matmul_peak, peak_memory, setup, synchronize,
                    write_whole)
 
-VOCABULARY = 50257  # of gpt2; the heads' weights are padded
+VOCABULARY = prepare_shp.VOCABULARIES['gpt2']  # the heads' weights are padded
 F32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -345,13 +345,14 @@ def tokenise(cfg, machine, count):
             'prepare_shp.py, from rows to checked arrays': lambda: prepare}
 
 
-PARTS = {'head': (head, 'channels', lambda cfg: cfg.n_embd),
-         'step': (step, 'channels', lambda cfg: cfg.n_embd),
-         'update': (update, 'channels', lambda cfg: cfg.n_embd),
-         'save': (save, 'channels', lambda cfg: cfg.n_embd),
-         'preference': (preference, 'answers', lambda cfg: (2, 4, 8)),
-         'generate': (generate, 'prompts', lambda cfg: (1, 8, 32)),
-         'tokenise': (tokenise, 'rows', lambda cfg: (20000,))}
+# contenders, what their size counts, the sizes, whether their memory tells anything
+PARTS = {'head': (head, 'channels', lambda cfg: cfg.n_embd, True),
+         'step': (step, 'channels', lambda cfg: cfg.n_embd, True),
+         'update': (update, 'channels', lambda cfg: cfg.n_embd, False),
+         'save': (save, 'channels', lambda cfg: cfg.n_embd, False),
+         'preference': (preference, 'answers', lambda cfg: (2, 4, 8), True),
+         'generate': (generate, 'prompts', lambda cfg: (1, 8, 32), True),
+         'tokenise': (tokenise, 'rows', lambda cfg: (20000,), False)}
 
 
 # Time and memory ------------------------------------------------------------------------------------------------------
@@ -418,7 +419,7 @@ def in_own_process(function, *args):
 
 def compare(cfg, machine, part, size):
     """One table: prints it, and returns its rows."""
-    build, unit, _ = PARTS[part]
+    build, unit, _, memory_tells = PARTS[part]
     torch.manual_seed(0)
     contenders = build(cfg, machine, size)
     print(f'\n{part}, {size:,} {unit}: {build.__doc__.splitlines()[0]}\n'
@@ -426,7 +427,7 @@ def compare(cfg, machine, part, size):
     seconds = take_turns(machine, {name: make() for name, make in contenders.items()}, cfg.repeats)
     first, rows = next(iter(seconds.values())), []
     for name, times in seconds.items():
-        wanted = cfg.memory and part not in ('update', 'save', 'tokenise')
+        wanted = cfg.memory and memory_tells
         mib = in_own_process(extra_memory, cfg, machine, part, size, name) if wanted else None
         rows.append(dict(part=part, size=size, name=name, median_ms=1e3 * median(times), min_ms=1e3 * min(times),
                          times=median(a / b for a, b in zip(first, times)), mib=mib))

@@ -131,6 +131,11 @@ def at_least(cfg, low, *names):
     return [f'{name}={getattr(cfg, name)} is below {low}' for name in names if not getattr(cfg, name) >= low]
 
 
+def at_most(cfg, high, *names):
+    """The same for those that are above `high`."""
+    return [f'{name}={getattr(cfg, name)} is above {high}' for name in names if not getattr(cfg, name) <= high]
+
+
 # Values --------------------------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ import prepare_shp
 from answers import (DATA, TEACHER, Run, Stopped, answer_log_prob, for_all_groups, head_log_prob, load_start,
                      log_prob_under, make_gpt, make_scorer, micro_batch, note_self, packed_rewards, past_self, post_of,
                      rewards, sample, shares, shorten, text_of, token_log_prob, token_values, weights_hash)
-from configurator import Refusal, at_least
+from configurator import Refusal, at_least, at_most
 from judge import (evaluate, held_out, report_between, report_nothing, report_policy_reward, report_reward,
                    show_samples)
 from losses import (gae, implicit_reward, masked_mean, plackett_luce_loss, ppo_policy_loss, ppo_value_loss,
@@ -101,8 +101,9 @@ class Config(RunConfig):
                             'max_answers', 'rank_order', 'token_order', 'sft_weight', 'margin_stop',
                             'missing_eot_penalty', 'gamma', 'gae_lambda', 'clip_range', 'kl_stop', 'eval_groups',
                             'eval_samples')
-        yield from (f'{name}={getattr(self, name)} is above 1' for name in ('gamma', 'gae_lambda')
-                    if getattr(self, name) > 1)
+        yield from at_most(self, 1, 'gamma', 'gae_lambda')
+        yield from at_most(self, 10 ** 9, 'max_iters', 'iterations')
+        yield from at_most(self, 1000, 'rank_order', 'token_order')
         if self.moment_order == 3 and not self.moments and self.renormalize_over == 'prompt':
             if self.answers_per_prompt < 4:
                 yield (f'moment_order=3 has no solution for answers_per_prompt={self.answers_per_prompt}: the skewness '

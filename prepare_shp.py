@@ -230,7 +230,7 @@ def prepare(cfg):
         folder.rename(final)  # fails where another process has put its dataset there meanwhile
         shutil.rmtree(final / 'replaced', ignore_errors=True)
     except OSError as error:
-        raise Refusal(f'{final} could not be written ({error.strerror})'
+        raise Refusal(f'{final} could not be written ({error.strerror or error})'
                       + '; another prepare_shp.py made it meanwhile' * (error.errno in (errno.ENOTEMPTY, errno.EEXIST)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

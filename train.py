@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import plot
 import prepare_shp
-from configurator import Refusal, at_least, run
+from configurator import Refusal, at_least, at_most, run
 from huggingface import open_start
 from losses import linear_taylor_loss, taylor_link
 from model import GPT, GPTConfig, checkpoints, first_line, load_checkpoint, not_own_folder, save_checkpoint
@@ -105,10 +105,11 @@ class Config(RunConfig):
             yield f"cut='{self.cut}' is not one of stream, examples"
         yield from at_least(self, 1, 'batch_size', 'block_size', 'max_iters', 'n_layer', 'n_head', 'n_embd')
         yield from at_least(self, 0, 'micro_batch_size', 'epochs', 'taylor_order', 'skip_below', 'dropout')
+        yield from at_most(self, 1000, 'taylor_order')
+        yield from at_most(self, 10 ** 9, 'max_iters')
         if self.dropout >= 1:
             yield f'dropout={self.dropout} drops everything; it is a probability below 1'
-        if self.skip_below > 1:
-            yield f'skip_below={self.skip_below} skips every token; it is a share of the largest weight, at most 1'
+        yield from at_most(self, 1, 'skip_below')
         if self.n_head >= 1 and self.n_embd % self.n_head:
             yield f'n_embd={self.n_embd} does not divide by n_head={self.n_head}; pick a multiple of {self.n_head}'
 
@@ -289,10 +290,10 @@ def open_run(cfg, machine):
         machine.sum([0])  # every rank has looked before one of them writes
         if cfg.overwrite:
             machine.on_rank_0(lambda: delete_run(out))
-        state = load_checkpoint(out) if resumes else None
-        if len(set(machine.gather(state and state['step']))) > 1:
+        found = [load_checkpoint(out) if resumes else None]
+        if len(set(machine.gather(found[0] and found[0]['step']))) > 1:
             raise Refusal(f'the ranks do not find the same checkpoint in {out}; it must be one sound folder for all')
-        yield state
+        yield found.pop()  # not held here while the run goes on
     finally:
         if held is not None:
             os.close(held)
@@ -331,7 +332,10 @@ def entries(state, **examples):
 
 def lock(out):
     """Opens the folder for this process alone, until it closes it or dies: two runs in one would mix their files."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f'out_dir={out} cannot be made a folder ({error.strerror}); choose another --out_dir') from None
     held, last = os.open(out, os.O_RDONLY), time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
@@ -412,17 +416,20 @@ class Metrics:
                 at, kind = event['step'], event['event']
                 # an evaluation follows its checkpoint, so the one of this very step is made again
                 stays = at < step or at == step and kind == 'train'
-            except (ValueError, TypeError, KeyError):  # a writer was killed here
-                if number < len(lines):
-                    print(f'warning: {self.path} is damaged in line {number}; it and what follows are cut', flush=True)
-                return
+            except (ValueError, TypeError, KeyError):
+                if number < len(lines):  # the last one was being written when its run was killed
+                    print(f'warning: {self.path} is damaged in line {number}, which is left out', flush=True)
+                continue
             if stays:
                 yield line + '\n'
 
     def write(self, event, **values):
         if self.rank == 0:
-            with open(self.path, 'a') as f:
-                f.write(json.dumps(dict(event=event, **values)) + '\n')
+            try:
+                with open(self.path, 'a') as f:
+                    f.write(json.dumps(dict(event=event, **values)) + '\n')
+            except OSError as error:
+                raise unwritten(self.path, error) from None
 
 
 def finish(cfg, machine, stop, step, done, seconds, hint=''):
@@ -441,6 +448,10 @@ def finish(cfg, machine, stop, step, done, seconds, hint=''):
               f'saved {cfg.out_dir} and {picture}{hint}', flush=True)
 
 
+def unwritten(path, error):
+    return Refusal(f'{path} could not be written, is the disk full? ({error.strerror})')
+
+
 def write_whole(path, text):
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
@@ -449,6 +460,8 @@ def write_whole(path, text):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise unwritten(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -4,12 +4,15 @@ Where transformers is installed, against it too.
 """
 import json
 import math
+import re
 import struct
 import types
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +28,7 @@ import train
 from configurator import Refusal
 from huggingface import export, open_start, read_safetensors, write_safetensors
 from model import GPT, GPTConfig, ScalarHead, load_checkpoint, save_checkpoint
+from toy_shp import toy_rows
 
 folder = test_preference.folder  # a working directory with data, a start, a teacher and a reward model
 BYTES = prepare_shp.encoding('bytes')
@@ -503,18 +507,31 @@ def test_bytes_leave_as_bytes(tmp_path):
     assert json.loads((out / 'tokenizer_config.json').read_text())['model_max_length'] == 48
 
 
-def test_merges_of_gpt2_give_its_ids(tmp_path):
-    try:
-        gpt2 = prepare_shp.encoding('gpt2')
-    except Refusal:
-        pytest.skip("gpt2's vocabulary is not at hand")
-    huggingface.write_tokenizer(tmp_path, gpt2, 64)
-    lines = (tmp_path / 'merges.txt').read_text(encoding='utf-8').split('\n')
-    assert lines[1:4] == ['Ġ t', 'Ġ a', 'h e'] and len(lines) == 50002
-    some = [gpt2.decode_single_token_bytes(id) for id in range(0, 50256, 97)]
-    words = WORDS + [word.decode() for word in some if word.decode('utf-8', 'replace').encode() == word]
-    for word, ids in zip(words, slow_bpe(tmp_path, words)):
-        assert ids == gpt2._encode_single_piece(word), word
+def test_merges_are_recovered(tmp_path):
+    """A byte-pair encoding, learned here: of the pairs that made its tokens tiktoken keeps only the order."""
+    text = ' '.join(row['history'] + row['human_ref_A'] for row in toy_rows('train', 40, 0)).encode()
+    words = Counter(re.findall(rb' ?[^ ]+', text))
+    parts, made = {word: [word[i:i + 1] for i in range(len(word))] for word in words}, []
+    for _ in range(300):
+        counts = Counter()
+        for word, n in words.items():
+            for pair in zip(parts[word], parts[word][1:]):
+                counts[pair] += n
+        made.append(max(counts, key=lambda pair: (counts[pair], pair)))
+        for of_word in parts.values():
+            i = 0
+            while i < len(of_word) - 1:
+                if tuple(of_word[i:i + 2]) == made[-1]:
+                    of_word[i:i + 2] = [b''.join(made[-1])]
+                i += 1
+    ranks = {bytes([b]): b for b in range(256)} | {b''.join(pair): 256 + i for i, pair in enumerate(made)}
+    learned = tiktoken.Encoding('learned', pat_str=r' ?[^ ]+| +', mergeable_ranks=ranks,
+                                special_tokens={prepare_shp.END_OF_TEXT: len(ranks)})
+    assert [tuple(pair) for pair in huggingface.merges(learned)] == made
+    huggingface.write_tokenizer(tmp_path, learned, 64)
+    some = WORDS + [word.decode() for word in words]
+    for word, ids in zip(some, slow_bpe(tmp_path, some)):
+        assert ids == learned._encode_single_piece(word), word
 
 
 # The real thing -----------------------------------------------------------------------------------------------------

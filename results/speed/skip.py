@@ -84,7 +84,7 @@ def picture(lines, path):
         figure.savefig(path)
 
 
-def main(dataset, dtype):
+def main(dataset='reddit300', dtype='bfloat16'):
     machine = setup('cpu', dtype)
     meta = json.loads(Path('data', dataset, 'meta.json').read_text())
     documents = prepare_shp.Dataset(Path('data', dataset), meta, '').documents('train')
