@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -158,7 +159,8 @@ class Ranks:
         script, self.pids, self.output = tmp_path / 'ranks.py', {}, []
         script.write_text(f'import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n'
                           'import configurator, preference, train\nrank = int(os.environ["RANK"])\n'
-                          'print("rank", rank, "is process", os.getpid(), flush=True)\n' + fault +
+                          # in one write, or the lines of two ranks could mix
+                          'os.write(1, f"rank {rank} is process {os.getpid()}\\n".encode())\n' + fault +
                           f'\nm = {"train" if kind == "train" else "preference"}\nconfigurator.run(m.main, m.Config)\n')
         source = test_train.command if kind == 'train' else test_preference.command
         method = [] if kind == 'train' else [kind]
@@ -175,8 +177,7 @@ class Ranks:
         """Reads what they say, up to a line that begins with `words`."""
         for line in self.process.stdout:
             self.output.append(line)
-            if line.startswith('rank '):
-                _, rank, *_, pid = line.split()
+            for rank, pid in re.findall(r'rank (\d) is process (\d+)', line):
                 self.pids[int(rank)] = int(pid)
             if words and line.startswith(words):
                 return
