@@ -38,7 +38,7 @@ LOCK_TIMEOUT = 10          # seconds that a run waits for another one to leave i
 PARENT = os.getppid()      # torchrun, where the run is one of its ranks
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, a scheduler, a terminal that has closed
 SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'tie_weights'  # of a model, beside block_size and dropout
-LOGIT_ROWS = 256           # rows of logits that an evaluation holds at once
+LOGIT_ROWS = 32            # rows of logits that an evaluation holds at once: few, for the caches of a CPU
 ECE_BINS = 15              # of equal width, over the confidence of the likeliest token
 # what overwrite deletes, and the options that may differ between a run and its exact resume
 RUN_FILES = ('ckpt_*', 'best.*', 'config.json', 'metrics.jsonl', '*.png', 'samples.jsonl', 'iterations/*',
@@ -98,13 +98,15 @@ class Config(RunConfig):
     tie_weights: bool = True      # the head is the token embedding
     taylor_order: int = 0         # n of T_n; 0 = cross-entropy
     skip_below: float = 0.0       # tokens with q^n below this share of their chunk's largest get no gradient; 0 = exact
+    probe_interval: int = 0       # steps between looks at the first batch_size sequences of eval_split; 0 = none
 
     def check(self):
         yield from super().check()
         if self.cut not in ('stream', 'examples'):
             yield f"cut='{self.cut}' is not one of stream, examples"
         yield from at_least(self, 1, 'batch_size', 'block_size', 'max_iters', 'n_layer', 'n_head', 'n_embd')
-        yield from at_least(self, 0, 'micro_batch_size', 'epochs', 'taylor_order', 'skip_below', 'dropout')
+        yield from at_least(self, 0, 'micro_batch_size', 'epochs', 'taylor_order', 'skip_below', 'dropout',
+                            'probe_interval')
         yield from at_most(self, 1000, 'taylor_order')
         yield from at_most(self, 10 ** 9, 'max_iters')
         if self.dropout >= 1:
@@ -543,13 +545,14 @@ def evaluate(model, documents, cfg, machine, order, stop):
     """One complete pass over `documents`, shared among ranks -> the metrics of an 'eval' line; None if stopped.
 
     Per token: cross-entropy of p and of link_n(p) in nats, top-1 accuracy, expected calibration error of both (Guo et
-    al. 2017: sum over bins of |accuracy - confidence|, weighted by the bin's share); under split='row' cross-entropy
-    of documents identical to a training document and of the others apart.
+    al. 2017: sum over bins of |accuracy - confidence|, weighted by the bin's share), the mean entropy of both where
+    the likeliest token is wrong; under split='row' cross-entropy of documents identical to a training document and of
+    the others apart.
     """
     model.eval()
     count = prepare_shp.eval_length(documents, cfg.cut, cfg.block_size)
     size = min(cfg.micro_batch_size or cfg.batch_size, 64)
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(8, dtype=torch.float64)
     bins = torch.zeros(2, 3, ECE_BINS, dtype=torch.float64)  # (p, link) x (tokens, confidence, correct) x bins
     for first in range(machine.rank * size, count, machine.world_size * size):
         idx, targets, leaked = prepare_shp.eval_batch(documents, cfg.cut, cfg.block_size,
@@ -564,27 +567,46 @@ def evaluate(model, documents, cfg, machine, order, stop):
             for rows in torch.arange(len(targets)).split(LOGIT_ROWS):
                 log_p = model.logits(hidden[rows]).log_softmax(-1)
                 target = targets[rows, None]
-                tokens = [(log.gather(1, target)[:, 0], *log.max(1)) for log in (log_p, taylor_link(log_p, order))]
-                ce, ce_link = (-at_target.cpu().double() for at_target, _, _ in tokens)
+                tokens = [(log.gather(1, target)[:, 0], *log.max(1), -(log.exp() * log).nan_to_num_(0.0).sum(1))
+                          for log in (log_p, taylor_link(log_p, order))]
+                ce, ce_link = (-at_target.cpu().double() for at_target, *_ in tokens)
                 right = (tokens[0][2] == target[:, 0]).cpu().double()
-                sums += torch.stack([torch.tensor(float(len(rows))), ce.sum(), ce_link.sum(), right.sum(),
-                                     leaked[rows].sum(), ce[leaked[rows]].sum()])
-                for b, (_, top, _) in zip(bins, tokens):
+                entropy, entropy_link = ((1 - right) @ entropy.cpu().double() for *_, entropy in tokens)
+                sums += torch.stack([torch.tensor(float(len(rows))), ce.sum(), ce_link.sum(), right.sum(), entropy,
+                                     entropy_link, leaked[rows].sum(), ce[leaked[rows]].sum()])
+                for b, (_, top, *_) in zip(bins, tokens):
                     confidence = top.exp().cpu().double().nan_to_num(0.0)  # of a model that is no more: its CE says so
                     bin = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
                     for row, x in zip(b, (torch.ones_like(confidence), confidence, right)):
                         row.index_add_(0, bin, x)
     model.train()
-    stopped, n, ce, ce_link, right, n_leaked, ce_leaked, *bins_ = machine.sum([stop.number, *sums.tolist(),
-                                                                               *bins.flatten().tolist()])
+    stopped, n, ce, ce_link, right, entropy, entropy_link, n_leaked, ce_leaked, *bins_ = machine.sum(
+        [stop.number, *sums.tolist(), *bins.flatten().tolist()])
     if stopped:
         return None
     bins = torch.tensor(bins_, dtype=torch.float64).view_as(bins)
     ece = ((bins[:, 1] - bins[:, 2]).abs().sum(-1) / n).tolist()
-    metrics = dict(val_ce=ce / n, val_ce_link=ce_link / n, val_accuracy=right / n, val_ece=ece[0], val_ece_link=ece[1])
+    wrong = max(n - right, 1)
+    metrics = dict(val_ce=ce / n, val_ce_link=ce_link / n, val_accuracy=right / n, val_ece=ece[0], val_ece_link=ece[1],
+                   val_entropy_wrong=entropy / wrong, val_entropy_wrong_link=entropy_link / wrong)
     if cfg.split == 'row' and 0 < n_leaked < n:
         metrics |= dict(val_ce_leaked=ce_leaked / n_leaked, val_ce_clean=(ce - ce_leaked) / (n - n_leaked))
     return metrics
+
+
+@torch.no_grad()
+def probe(model, documents, cfg, machine):
+    """Cross-entropy of p, nats per token, over the first batch_size sequences of a split: cheap, and a fixed sample."""
+    count = min(cfg.batch_size, prepare_shp.eval_length(documents, cfg.cut, cfg.block_size))
+    share = range(machine.rank * count // machine.world_size, (machine.rank + 1) * count // machine.world_size)
+    idx, targets, _ = prepare_shp.eval_batch(documents, cfg.cut, cfg.block_size, share)
+    model.eval()
+    with machine.autocast():
+        sums = linear_taylor_loss(model(idx.to(machine.device)).flatten(0, 1), model.lm_head.weight,
+                                  targets.flatten().to(machine.device), 0, model.config.vocab_size)
+    model.train()
+    ce, n = machine.sum([float(sums.ce), int((targets >= 0).sum())])
+    return ce / n
 
 
 def load_start(cfg, data):
@@ -672,6 +694,8 @@ def main(cfg):
                         best = result['val_ce']
                         machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, dict(weights(), val_ce=best), 'best.pt'))
                 mark = step, tokens, time.perf_counter()
+            if cfg.probe_interval and step % cfg.probe_interval == 0:
+                metrics.write('probe', step=step, tokens=tokens, probe_ce=probe(model, held_out, cfg, machine))
             if step == cfg.max_iters or cfg.stop_step and step >= cfg.stop_step:
                 break
 

@@ -83,7 +83,7 @@ def test_files_metrics_and_the_first_loss(tmp_path, capsys):
     evals = metrics(tmp_path / 'run', 'eval')
     assert [line['step'] for line in evals] == [0, 4, 8, 12]
     assert set(evals[0]) == {'event', 'step', 'tokens', 'val_ce', 'val_ce_link', 'val_accuracy', 'val_ece',
-                             'val_ece_link'}
+                             'val_ece_link', 'val_entropy_wrong', 'val_entropy_wrong_link'}
     assert abs(lines[0]['train_ce'] - math.log(257)) < 0.1 and abs(evals[0]['val_ce'] - math.log(257)) < 0.1
     assert evals[-1]['val_ce'] < evals[0]['val_ce'] - 0.1
     printed = capsys.readouterr().out
@@ -343,12 +343,38 @@ def test_evaluation_by_brute_force(cut, dataset, split):
             if inside.any():
                 ece += inside.double().mean() * (confidence[inside].mean() - right[inside].mean()).abs()
         expected[f'val_ece{name}'] = float(ece)
+        expected[f'val_entropy_wrong{name}'] = -(log.exp() * log).nan_to_num(0.0).sum(-1)[right == 0].mean().item()
         if name == '':
             expected['val_accuracy'] = right.mean().item()
             if split == 'row':
                 assert leaked.any() and not leaked.all()
                 expected |= dict(val_ce_leaked=ce[leaked].mean().item(), val_ce_clean=ce[~leaked].mean().item())
     assert got == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize('ranks', [1, 3])
+def test_a_probe_of_everything_is_an_evaluation(ranks, monkeypatch):
+    cfg = config('unused', cut='examples', batch_size=1000)
+    documents = prepare_shp.open_dataset(cfg).documents('val')
+    torch.manual_seed(0)
+    model, machine = GPT(GPTConfig(257, 32, 1, 2, 16, dropout=0.5)), train.setup('cpu')
+    with train.StopSignal() as stop:
+        whole = train.evaluate(model, documents, cfg, machine, 2, stop)['val_ce']
+    sums = []  # of each rank, as Machine.sum would add them
+    monkeypatch.setattr(train.Machine, 'sum', lambda _, values: sums.append(values) or values)
+    for rank in range(ranks):
+        train.probe(model, documents, cfg, machine._replace(rank=rank, world_size=ranks))
+    ce, n = map(sum, zip(*sums))
+    assert ce / n == pytest.approx(whole, rel=1e-6) and model.training
+
+
+def test_probes_change_nothing_and_stand_beside_the_evaluations(tmp_path):
+    cfg = config(tmp_path / 'plain', dropout=0.1)
+    train.main(cfg)
+    train.main(replace(cfg, out_dir=str(tmp_path / 'probed'), probe_interval=3, stop_step=6))
+    train.main(replace(cfg, out_dir=str(tmp_path / 'probed'), probe_interval=3, resume=True))
+    assert_same_run(tmp_path / 'plain', tmp_path / 'probed')
+    assert [line['step'] for line in metrics(tmp_path / 'probed', 'probe')] == [0, 3, 6, 9, 12]
 
 
 def test_a_command_as_typed(tmp_path):
