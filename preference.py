@@ -38,8 +38,8 @@ from losses import (gae, implicit_reward, masked_mean, plackett_luce_loss, ppo_p
 from model import ScalarHead, check_vocabulary, checkpoints, load_checkpoint, load_run, save_checkpoint
 from prepare_shp import answer_tokens, group_batch, pick_groups
 from teachers import open_teacher
-from train import (Metrics, RunConfig, StopSignal, Updates, check_resume, describe, entries, finish, lr_at, open_run,
-                   restoring, setup, start_files, write_whole)
+from train import (NUMBERED, Metrics, RunConfig, StopSignal, Updates, check_resume, describe, entries, finish, lr_at,
+                   open_run, restoring, setup, start_files, write_whole)
 
 MARGIN_GROUPS = 512  # groups over which the lead of data over self is judged against its noise
 
@@ -571,7 +571,7 @@ def start_folders(run, start):
         folder.mkdir(exist_ok=True)
     if run.step == 0:
         kept = save_checkpoint(selves, dict(start, step=0), '0000.pt')
-        for path in (*iterations.iterdir(), *selves.iterdir()):
+        for path in (*iterations.glob(NUMBERED), *selves.glob(NUMBERED)):
             if path != kept:
                 path.unlink()
 

@@ -40,9 +40,10 @@ STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, a schedul
 SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'tie_weights'  # of a model, beside block_size and dropout
 LOGIT_ROWS = 32            # rows of logits that an evaluation holds at once: few, for the caches of a CPU
 ECE_BINS = 15              # of equal width, over the confidence of the likeliest token
+NUMBERED = '[0-9]' * 4 + '*.*'  # the files of iterations/ and selves/
 # what overwrite deletes, and the options that may differ between a run and its exact resume
-RUN_FILES = ('ckpt_*', 'best.*', 'config.json', 'metrics.jsonl', '*.png', 'samples.jsonl', 'iterations/*',
-             'selves/*')
+RUN_FILES = ('ckpt_*', 'best.*', 'config.json', 'metrics.jsonl', '*.png', 'samples.jsonl', f'iterations/{NUMBERED}',
+             f'selves/{NUMBERED}')
 INCIDENTAL = 'resume', 'overwrite', 'out_dir', 'stop_step', 'log_interval', 'device', 'dtype', 'compile', 'workers'
 
 
@@ -282,9 +283,9 @@ def open_run(cfg, machine):
     try:
         resumes = cfg.resume and bool(checkpoints(out))
         if cfg.resume and not resumes:
-            if (out / 'best.pt').exists() and (step := load_checkpoint(out, 'best.pt')['step']):
-                raise Refusal(f'{out} has lost its checkpoints, only best.pt of step {step} is left, which no run can '
-                              'go on from; choose another --out_dir, or delete it all with --overwrite=True')
+            if step := evaluated_step(out):
+                raise Refusal(f'{out} has lost its checkpoints, though it was evaluated at step {step}, and best.pt is '
+                              'none to go on from; choose another --out_dir, or delete it all with --overwrite=True')
             machine.print(f'nothing to resume in {out}: starting at step 0')
         elif not cfg.resume and not cfg.overwrite and any(out.iterdir()):
             raise Refusal(f'{out} is not empty; add --resume=True to go on with the run in it, --overwrite=True to '
@@ -296,9 +297,22 @@ def open_run(cfg, machine):
         if len(set(machine.gather(found[0] and found[0]['step']))) > 1:
             raise Refusal(f'the ranks do not find the same checkpoint in {out}; it must be one sound folder for all')
         yield found.pop()  # not held here while the run goes on
+    except RuntimeError as error:
+        if machine.world_size > 1 and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+            raise Refusal('another rank has ended or does not answer, so this one ends too; what it said last tells why. '
+                          '--resume=True goes on from the last checkpoint') from error
+        raise
     finally:
         if held is not None:
             os.close(held)
+
+
+def evaluated_step(out):
+    """The last step of which best.pt or metrics.jsonl has an evaluation: there was a checkpoint of it, or it is 0."""
+    steps = [event['step'] for _, event in read_events(out / 'metrics.jsonl') if event['event'] == 'eval']
+    if (out / 'best.pt').exists():
+        steps.append(load_checkpoint(out, 'best.pt')['step'])
+    return max(steps, default=0)
 
 
 def delete_run(out):
@@ -401,29 +415,41 @@ def start_files(cfg, step):
             path.rename(path.with_suffix('.damaged'))
 
 
+def read_events(path):
+    """The lines of a metrics.jsonl that can be read, and the event in each."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            line = line.decode()
+            event = json.loads(line)
+            if not isinstance(event['step'], (int, float)) or not isinstance(event['event'], str):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):  # the last one was being written when its run was killed
+                print(f'warning: {path} is damaged in line {number}, which is left out', flush=True)
+            continue
+        yield line, event
+
+
 class Metrics:
     """out_dir/<name>: a JSON line an event, in the order of steps; a resume first cuts what it will write again."""
 
     def __init__(self, cfg, machine, step, name='metrics.jsonl'):
         self.path = Path(cfg.out_dir) / name
         self.rank = machine.rank
+        self.gap = cfg.eval_interval if name == 'metrics.jsonl' else math.inf  # steps between two lines, at most
         machine.on_rank_0(lambda: write_whole(self.path, ''.join(self.lines_before(step))))
 
     def lines_before(self, step):
-        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                line = line.decode()
-                event = json.loads(line)
-                at, kind = event['step'], event['event']
-                # an evaluation follows its checkpoint, so the one of this very step is made again
-                stays = at < step or at == step and kind == 'train'
-            except (ValueError, TypeError, KeyError):
-                if number < len(lines):  # the last one was being written when its run was killed
-                    print(f'warning: {self.path} is damaged in line {number}, which is left out', flush=True)
-                continue
-            if stays:
+        last = -math.inf
+        for line, event in read_events(self.path):
+            # an evaluation follows its checkpoint, so the one of this very step is made again
+            if event['step'] < step or event['step'] == step and event['event'] == 'train':
+                last = event['step']
                 yield line + '\n'
+        if 0 < step > last + self.gap:
+            print(f'warning: {self.path} ' + (f'ends at step {last}' if last >= 0 else 'has no line left') +
+                  f', though this run goes on at step {step}: a part of the curve is lost', flush=True)
 
     def write(self, event, **values):
         if self.rank == 0:

@@ -11,6 +11,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,8 +23,10 @@ import pytest
 import torch
 
 import judge
+import plot
 import prepare_shp
 import preference
+import sample
 import test_preference
 import test_train
 import train
@@ -152,6 +155,16 @@ def test_a_killed_prepare_leaves_all_or_nothing(tmp_path, processes, monkeypatch
 # Ranks --------------------------------------------------------------------------------------------------------------
 
 
+def in_suite(chosen):
+    """Every kind of run, all but the chosen one in the soak only."""
+    return [chosen, *(pytest.param(kind, marks=pytest.mark.soak) for kind in KINDS if kind != chosen)]
+
+
+def endless(kind):
+    return dict(max_iters=100_000, eval_interval=50_000) if kind == 'train' else dict(
+        iterations=10_000, eval_interval=50_000)
+
+
 class Ranks:
     """torchrun with two ranks that say their process numbers, and a fault in Python among them."""
 
@@ -229,19 +242,22 @@ def finish_and_compare(tmp_path, kind, **changes):
     assert_same_run(kind, tmp_path / 'alone' / 'run', tmp_path / 'run')
 
 
-@pytest.mark.parametrize('kind', ['spin'])
+@pytest.mark.parametrize('kind', in_suite('spin'))
 def test_a_rank_killed_ends_the_run_and_nothing_is_lost(tmp_path, kind):
     step = 8 if kind == 'train' else 4
     with Ranks(tmp_path, kind, at_step(step, 1, 'os.kill(os.getpid(), signal.SIGKILL)')) as ranks:
         assert ranks.end() != 0
+    assert 'another rank has ended' in ranks.said()
+    assert ranks.said().count('Traceback') == 1, ranks.said()  # torchrun's own
     assert load_checkpoint(tmp_path / 'run')['step'] == step // 3 * 3
     finish_and_compare(tmp_path, kind)
 
 
-@pytest.mark.parametrize('kind', ['train'])
+@pytest.mark.parametrize('kind', in_suite('train'))
 def test_restarts_of_torchrun_bring_a_killed_run_to_its_end(tmp_path, kind):
-    fault = at_step(5, 0, 'os.kill(os.getpid(), signal.SIGKILL)') + at_step(9, 1, 'os.kill(os.getpid(), 9)').replace(
-        'sound', 'other')
+    first, second = (5, 9) if kind == 'train' else (2, 4)
+    fault = at_step(first, 0, 'os.kill(os.getpid(), signal.SIGKILL)') + at_step(
+        second, 1, 'os.kill(os.getpid(), signal.SIGKILL)').replace('sound', 'other')
     with Ranks(tmp_path, kind, fault, restarts=2) as ranks:
         assert ranks.end() == 0, ranks.said()
     assert ranks.said().count('rank 0 is process') == 3
@@ -260,19 +276,19 @@ def test_a_rank_that_hangs_is_not_waited_for_for_ever(tmp_path):
     assert load_checkpoint(tmp_path / 'run')['step'] == 6
 
 
-def test_ranks_whose_torchrun_was_killed_save_and_end(tmp_path):
-    endless = dict(max_iters=100_000, eval_interval=50_000)
-    with Ranks(tmp_path, 'train', **endless) as ranks:
+@pytest.mark.parametrize('kind', in_suite('train'))
+def test_ranks_whose_torchrun_was_killed_save_and_end(tmp_path, kind):
+    with Ranks(tmp_path, kind, **endless(kind)) as ranks:
         ranks.until('step 20/')
         ranks.process.kill()
         ranks.end()
     step = load_checkpoint(tmp_path / 'run')['step']
     assert step >= 20
-    finish_and_compare(tmp_path, 'train', **endless, stop_step=step + 2)
+    finish_and_compare(tmp_path, kind, **endless(kind), stop_step=step + 2)
 
 
 def test_sigterm_to_one_rank_stops_both_at_one_step(tmp_path):
-    with Ranks(tmp_path, 'train', max_iters=100_000, eval_interval=50_000) as ranks:
+    with Ranks(tmp_path, 'train', **endless('train')) as ranks:
         ranks.until('step 20/')
         os.kill(ranks.pids[1], signal.SIGTERM)
         assert ranks.end() != 0
@@ -280,12 +296,10 @@ def test_sigterm_to_one_rank_stops_both_at_one_step(tmp_path):
     assert f'stopped after step {step}, saved' in ranks.said()
 
 
-@pytest.mark.parametrize('kind', ['spin'])
+@pytest.mark.parametrize('kind', in_suite('spin'))
 def test_ctrl_c_twice_at_torchrun(tmp_path, kind):
     """A terminal sends it to torchrun and to its ranks; torchrun passes its own on as well."""
-    endless = dict(max_iters=100_000, eval_interval=50_000) if kind == 'train' else dict(
-        iterations=10_000, eval_interval=50_000)
-    with Ranks(tmp_path, kind, **endless) as ranks:
+    with Ranks(tmp_path, kind, **endless(kind)) as ranks:
         ranks.until('step 20/')
         for pid in (*ranks.pids.values(), ranks.process.pid):
             os.kill(pid, signal.SIGINT)
@@ -295,9 +309,9 @@ def test_ctrl_c_twice_at_torchrun(tmp_path, kind):
     assert step >= 20 and f'stopped after step {step}, saved' in ranks.said()
 
 
-@pytest.mark.parametrize('kind, name', [('train', 'linear_taylor_loss'), ('dpo', 'plackett_luce_loss'),
-                                        ('ppo', 'ppo_value_loss')])
-def test_a_nan_on_one_rank_reaches_no_parameter_of_any(tmp_path, kind, name):
+@pytest.mark.parametrize('kind, name, bad', [('train', 'linear_taylor_loss', 'nan'), ('dpo', 'plackett_luce_loss', 'inf'),
+                                             ('ppo', 'ppo_value_loss', 'nan')])
+def test_a_nan_or_inf_on_one_rank_reaches_no_parameter_of_any(tmp_path, kind, name, bad):
     module = 'train' if kind == 'train' else 'preference'
     fault = (f'sound, calls = {module}.{name}, []\n'
              'def broken(*args):\n'
@@ -305,8 +319,8 @@ def test_a_nan_on_one_rank_reaches_no_parameter_of_any(tmp_path, kind, name):
              '    calls.append(1)\n'
              '    if rank == 0 or len(calls) not in (3, 4):\n'
              '        return result\n'
-             '    return result._replace(loss=result.loss * float("nan")) if hasattr(result, "loss") else '
-             'result * float("nan")\n'
+             f'    return result._replace(loss=result.loss * float("{bad}")) if hasattr(result, "loss") else '
+             f'result * float("{bad}")\n'
              f'{module}.{name} = broken\n')
     micro = dict(micro_batch_size=0) if kind == 'train' else dict(micro_groups=0)
     with Ranks(tmp_path, kind, fault, stop_step=6, **micro) as ranks:
@@ -425,9 +439,78 @@ def test_checkpoints_that_are_gone(tmp_path):
     best = (tmp_path / 'run' / 'best.pt').read_bytes()
     for path in (tmp_path / 'run').glob('ckpt_*'):
         path.unlink()
-    with pytest.raises(Refusal, match='has lost its checkpoints, only best.pt of step 12 is left'):
+    with pytest.raises(Refusal, match='has lost its checkpoints, though it was evaluated at step 12'):
         train.main(replace(cfg, resume=True))
     assert (tmp_path / 'run' / 'best.pt').read_bytes() == best
+    (tmp_path / 'run' / 'best.pt').unlink()  # metrics.jsonl tells as well
+    with pytest.raises(Refusal, match='has lost its checkpoints, though it was evaluated at step 12'):
+        train.main(replace(cfg, resume=True))
+    (tmp_path / 'run' / 'metrics.jsonl').unlink()  # nothing is left that could be lost
+    train.main(replace(cfg, resume=True))
+
+
+def test_lost_lines_of_the_log_are_told(tmp_path, capsys):
+    cfg = config('train', tmp_path / 'run', max_iters=12)
+    train.main(replace(cfg, stop_step=10))
+    path = tmp_path / 'run' / 'metrics.jsonl'
+    whole = path.read_text()
+    for text, words in ((whole, ''), (whole[:len(whole) // 8], 'metrics.jsonl ends at step '),
+                        ('', 'metrics.jsonl has no line left, though this run goes on at step 10')):
+        path.write_text(text)
+        capsys.readouterr()
+        train.main(replace(cfg, resume=True, stop_step=10))
+        said = capsys.readouterr().out
+        assert words in said and ('a part of the curve is lost' in said) == bool(words)
+
+
+@pytest.mark.parametrize('kind', ['train', 'spin'])
+def test_overwrite_deletes_the_run_and_nothing_else(tmp_path, kind):
+    main = (train if kind == 'train' else preference).main
+    main(config(kind, tmp_path / 'run', stop_step=6))
+    for name in ('iterations', 'selves', ''):
+        (tmp_path / 'run' / name).mkdir(exist_ok=True)
+        (tmp_path / 'run' / name / 'notes.txt').write_text('mine')
+    main(config(kind, tmp_path / 'run', stop_step=3, overwrite=True))
+    assert all((tmp_path / 'run' / name / 'notes.txt').exists() for name in ('iterations', 'selves', ''))
+    assert load_checkpoint(tmp_path / 'run')['step'] == 3
+
+
+def test_a_read_only_folder_is_told_before_the_first_step(tmp_path, folder, monkeypatch, capsys):
+    """As a user who may read the data and not write; root, who may do anything, becomes nobody meanwhile."""
+    readonly = folder / 'readonly'
+    readonly.mkdir(exist_ok=True)
+    root = os.geteuid() == 0
+    for path in (folder, readonly):
+        path.chmod(0o755 if root else 0o555)
+    try:
+        if root:
+            os.seteuid(65534)
+        for name in ('readonly', 'readonly/run'):
+            with pytest.raises(Refusal, match=f'{name}.*(cannot be made a folder|could not be written).*Permission'):
+                train.main(config('train', name))
+    finally:
+        if root:
+            os.seteuid(0)
+        for path in (folder, readonly):
+            path.chmod(0o755)
+    assert 'evaluation' not in capsys.readouterr().out and not list(readonly.iterdir())
+
+
+def test_nothing_asks_the_network(tmp_path, monkeypatch):
+    """The toy data, a training run, a preference run, samples and a picture, first use included."""
+    def call(*_, **__):
+        raise AssertionError('the network was asked')
+
+    for name in ('connect', 'connect_ex', 'sendto'):
+        monkeypatch.setattr(socket.socket, name, call)
+    monkeypatch.setattr(socket, 'getaddrinfo', call)
+    monkeypatch.chdir(tmp_path)
+    toy = dict(dataset='', source='toy', encoding='')
+    train.main(config('train', 'out/start', max_iters=2, block_size=80, **toy))
+    preference.main(config('spin', 'out/spin', iterations=1, stop_step=1, init_from='out/start', eval_groups=4,
+                           eval_samples=4, **toy))
+    sample.main(sample.Config(out_dir='out/spin', checkpoint='last', max_new_tokens=2, device='cpu', prompt='x'))
+    plot.plot(['out/start'])
 
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path):

@@ -853,6 +853,9 @@ def test_untied_heads_train_too(tmp_path):
     (dict(method='distill', teacher='out/nobody'), 'teacher=out/nobody holds no checkpoint'),
     (dict(method='distill', teacher='typo.jsonl'), 'teacher=typo.jsonl cannot be read .No such file'),
     (dict(method='distill', teacher='reward'), 'teacher=reward is a reward run'),
+    *((dict(method=method, **{option: f'foreign_{of}'}), f'{option}=foreign_{of} speaks gpt2, but the data are in bytes')
+      for method, option, of in (('dpo', 'init_from', 'start'), ('distill', 'teacher', 'start'),
+                                 ('ppo', 'reward_model', 'reward'))),
     (dict(method='distill', reward_model='short'), 'reward_model=short reads 40 tokens, and the policy writes'),
     (dict(max_new_tokens=80), 'max_new_tokens=80 leave no room for a prompt'),
     (dict(dataset='nowhere'), 'data/nowhere is missing'),
@@ -867,6 +870,10 @@ def test_refusals_are_sentences_and_cost_nothing(tmp_path, changes, words):
         weights['gpt.transformer.wpe.weight'] = weights['gpt.transformer.wpe.weight'][:40].clone()
         save_checkpoint('short', dict(start, reward_model=weights, model_config=dict(
             start['model_config'], block_size=40)), 'best.pt')
+    for name in changes.values():
+        if str(name).startswith('foreign_') and not Path(name).exists():
+            Path(name).mkdir()
+            save_checkpoint(name, dict(load_checkpoint(name.removeprefix('foreign_'), 'best.pt'), encoding='gpt2'), 'best.pt')
     with pytest.raises(Refusal, match=words):
         preference.main(config(tmp_path / 'run', overwrite=True, **changes))
     assert [path.read_bytes() for path in (tmp_path / 'run').iterdir()] == [b'an earlier run']
