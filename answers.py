@@ -4,7 +4,6 @@ Letters: G prompts, K answers a prompt, A tokens an answer, T tokens of a packed
 G in front: prepare_shp.group_batch's, and what (G, K) or (G, K, A) a method adds to it.
 """
 import hashlib
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 import prepare_shp
-from configurator import Refusal
+from configurator import Refusal, progress
 from huggingface import crop, open_start
 from losses import linear_token_log_prob, taylor_loss
 from model import GPT, GPTConfig, ScalarHead, load_checkpoint, not_own_folder, save_checkpoint
@@ -88,7 +87,7 @@ def for_all_groups(run, batch, function):
     -> (G, K[, A]) on the CPU and the same on every rank, 0 where trimmed. Raises Stopped after a signal.
     """
     parts = []
-    for rows in shares(run, batch):
+    for rows in progress(shares(run, batch), 'scoring answers', run.machine.print):
         if run.stop.number:
             break
         parts.append((rows, function(micro_batch(run, batch, rows)).float().cpu()))
@@ -169,17 +168,14 @@ def sample(run, model, prompts, iteration, who):
     rng = np.random.default_rng((5, cfg.seed, iteration, who))
     uniform = torch.from_numpy(rng.random((len(prompts), cfg.max_new_tokens), np.float32))
     mine = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[run.machine.rank::run.machine.world_size]
-    answers, said = {}, time.perf_counter()
-    for first in range(0, len(mine), cfg.sample_batch):
+    answers = {}
+    for first in progress(range(0, len(mine), cfg.sample_batch), 'sampling answers', run.machine.print):
         if run.stop.number:
             break
         rows = mine[first:first + cfg.sample_batch]
         with run.machine.autocast():
             new = model.generate([prompts[i] for i in rows], cfg.max_new_tokens, eot=eot, uniform=uniform[rows])
         answers.update(zip(rows, new))
-        if time.perf_counter() - said > 30:
-            said = time.perf_counter()
-            run.machine.print(f'sampled {len(answers):,} of {len(mine):,} answers')
     leave_together(run)
     return gather_answers(run, answers)
 

@@ -20,12 +20,17 @@ import runpy
 import shlex
 import sys
 import textwrap
+import time
 import tokenize
 import traceback
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, NoneType
 from typing import get_args, get_origin, get_type_hints
+
+
+LINE_SECONDS = 30  # between two lines about one long loop
 
 
 class Refusal(Exception):
@@ -124,6 +129,24 @@ def run(main, Config):
         sys.exit(1)
     except OSError as error:  # a full disk or a folder that cannot be written: the system's words name the file
         sys.exit(f'{prefix}: {error}')
+
+
+def progress(items, what, say=print):
+    """Goes through a sequence and tells when it will be done: a bar in a terminal, else a line every half a minute.
+
+    A loop of less than a second tells nothing, and of several ranks only the first one speaks.
+    """
+    if os.environ.get('RANK', '0') == '0' and sys.stderr.isatty():
+        from tqdm import tqdm  # comes with datasets
+        yield from tqdm(items, what, leave=False, dynamic_ncols=True, delay=1)
+        return
+    start = said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - said > LINE_SECONDS and done < len(items):
+            said = now
+            say(f'{what} {done / len(items):.0%}, ETA {timedelta(seconds=round((now - start) * (len(items) / done - 1)))}')
 
 
 def at_least(cfg, low, *names):

@@ -13,7 +13,7 @@ from answers import (for_all_groups, log_prob_under, past_self, post_of, rewards
 from configurator import Refusal
 from losses import plackett_luce_loss
 from prepare_shp import answer_tokens, group_batch, pack, pick_groups, visible
-from train import ECE_BINS, LOGIT_ROWS
+from train import ECE_BINS, logit_rows
 
 EVAL_SEED = 0   # which held-out groups are judged is the same in all runs
 EVAL = 2 ** 31  # the iteration whose random numbers all evaluations share
@@ -138,7 +138,7 @@ def token_entropy(run, model, batch):
     with run.machine.autocast():
         hidden = model(packed.idx, positions=packed.positions, mask=packed.mask)[drawn]
         entropy[drawn] = torch.cat([torch.special.entr(model.logits(rows).softmax(-1)).sum(-1).float()
-                                    for rows in hidden.split(LOGIT_ROWS)])
+                                    for rows in hidden.split(logit_rows(model))])
     return packed.tokens(entropy)
 
 

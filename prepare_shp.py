@@ -27,7 +27,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from configurator import Refusal, at_least, run
+from configurator import Refusal, at_least, progress, run
 from sources import SPLITS, check_source, counted, pair_of, records_of
 
 DATA_DIR = 'data'
@@ -139,12 +139,9 @@ def visible(text):
 def _tokenise(texts, enc, workers, label):
     """list of str -> list of uint16 arrays; `<|endoftext|>` in a text is ordinary text."""
     tokens = []
-    for start in range(0, len(texts), 4096):
+    for start in progress(range(0, len(texts), 4096), f'tokenising {label}'):
         block = enc.encode_ordinary_batch(texts[start:start + 4096], num_threads=workers or os.cpu_count())
         tokens += [np.array(text, np.uint16) for text in block]
-        if sys.stderr.isatty():
-            done = len(tokens) / len(texts)
-            print(f"\r{label:<16}[{'#' * int(30 * done):<30}] {done:4.0%}", end='\n' * (done == 1), file=sys.stderr)
     return tokens
 
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 
 import prepare_shp
 from answers import gather_answers, leave_together, make_gpt, sample, text_of
-from configurator import Refusal, run
+from configurator import Refusal, progress, run
 from huggingface import is_hugging_face
 from model import check_vocabulary, load_run
 from prepare_shp import SEPARATOR, render
@@ -213,7 +213,7 @@ class HuggingFaceTeacher(nn.Module):
     def answers(self, run, groups, iteration):
         cfg, machine, answers = run.cfg, run.machine, {}
         rows = list(range(len(groups)))[machine.rank::machine.world_size]
-        for first in range(0, len(rows), cfg.sample_batch):
+        for first in progress(range(0, len(rows), cfg.sample_batch), 'sampling the teacher', machine.print):
             if run.stop.number:
                 break
             part = rows[first:first + cfg.sample_batch]

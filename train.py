@@ -10,12 +10,14 @@ import json
 import math
 import os
 import resource
+import secrets
 import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import plot
 import prepare_shp
-from configurator import Refusal, at_least, at_most, run
+from configurator import Refusal, at_least, at_most, progress, run
 from huggingface import open_start
 from losses import linear_taylor_loss, taylor_link
 from model import GPT, GPTConfig, checkpoints, first_line, load_checkpoint, not_own_folder, save_checkpoint
@@ -38,13 +40,14 @@ LOCK_TIMEOUT = 10          # seconds that a run waits for another one to leave i
 PARENT = os.getppid()      # torchrun, where the run is one of its ranks
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, a scheduler, a terminal that has closed
 SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'tie_weights'  # of a model, beside block_size and dropout
-LOGIT_ROWS = 32            # rows of logits that an evaluation holds at once: few, for the caches of a CPU
+LOGITS = 2 ** 21           # logits that an evaluation holds at once: few, for the caches of a CPU
 ECE_BINS = 15              # of equal width, over the confidence of the likeliest token
 NUMBERED = '[0-9]' * 4 + '*.*'  # the files of iterations/ and selves/
 # what overwrite deletes, and the options that may differ between a run and its exact resume
 RUN_FILES = ('ckpt_*', 'best.*', 'config.json', 'metrics.jsonl', '*.png', 'samples.jsonl', f'iterations/{NUMBERED}',
-             f'selves/{NUMBERED}')
-INCIDENTAL = 'resume', 'overwrite', 'out_dir', 'stop_step', 'log_interval', 'device', 'dtype', 'compile', 'workers'
+             f'selves/{NUMBERED}', 'tensorboard', 'wandb', 'wandb.id')
+INCIDENTAL = ('resume', 'overwrite', 'out_dir', 'stop_step', 'log_interval', 'wandb', 'tensorboard', 'device', 'dtype',
+              'compile', 'workers')
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class RunConfig(prepare_shp.Config):
     eval_interval: int = 200      # steps between checkpoints, each followed by an evaluation
     eval_split: str = 'val'       # val, or test for a final result
     log_interval: int = 10        # steps between lines of the log
+    wandb: bool = False           # send metrics to Weights & Biases too, offline without a login; pip install wandb
+    tensorboard: bool = False     # write them to out_dir/tensorboard too; pip install tensorboard
     stop_step: int = 0            # end after this step, the schedule unchanged; 0 = at its end
     learning_rate: float = 1e-3   # after warm-up
     min_lr: float = 1e-4          # at the cosine's end; equal to learning_rate = constant
@@ -75,6 +80,9 @@ class RunConfig(prepare_shp.Config):
             yield f"dtype='{self.dtype}' is not one of {', '.join(DTYPES)}"
         if self.eval_split not in ('train', 'val', 'test'):
             yield f"eval_split='{self.eval_split}' is not one of train, val, test"
+        for name in ('wandb', 'tensorboard'):
+            if getattr(self, name) and not find_spec(name):
+                yield f'{name}=True needs {name}, which is not installed: pip install {name}'
         if self.resume and self.overwrite:
             yield 'resume and overwrite exclude each other: one goes on with the earlier run, the other deletes it'
         yield from at_least(self, 1, 'eval_interval', 'log_interval')
@@ -439,6 +447,7 @@ class Metrics:
         self.rank = machine.rank
         self.gap = cfg.eval_interval if name == 'metrics.jsonl' else math.inf  # steps between two lines, at most
         machine.on_rank_0(lambda: write_whole(self.path, ''.join(self.lines_before(step))))
+        self.viewers = viewers(cfg, step) if machine.rank == 0 and name == 'metrics.jsonl' else []
 
     def lines_before(self, step):
         last = -math.inf
@@ -458,6 +467,35 @@ class Metrics:
                     f.write(json.dumps(dict(event=event, **values)) + '\n')
             except OSError as error:
                 raise unwritten(self.path, error) from None
+            for show in self.viewers:
+                show(event, values)
+
+
+def viewers(cfg, step):
+    """Functions of (event, its values) that show metrics elsewhere, from `step` on. None of them asks anything."""
+    found = []
+    if cfg.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(Path(cfg.out_dir) / 'tensorboard', purge_step=step + 1)
+
+        def show_in_tensorboard(event, values):
+            for name, value in values.items():
+                writer.add_scalar(f'{event}/{name}', value, values['step'])
+            writer.flush()
+
+        found.append(show_in_tensorboard)
+    if cfg.wandb:
+        import wandb
+        name = Path(cfg.out_dir) / 'wandb.id'  # a resume goes on with the same curves
+        if not name.exists():
+            write_whole(name, secrets.token_hex(8))
+        known = 'WANDB_MODE' in os.environ or wandb.login(prompt=False)
+        run = wandb.init(project='nanotaylor', name=cfg.out_dir, id=name.read_text(), resume='allow', dir=cfg.out_dir,
+                         config=asdict(cfg), mode=None if known else 'offline')
+        run.define_metric('*', step_metric='step')
+        found.append(lambda event, values: run.log(dict(step=values['step'], **{
+            f'{event}/{name}': value for name, value in values.items()})))
+    return found
 
 
 def finish(cfg, machine, stop, step, done, seconds, hint=''):
@@ -566,6 +604,10 @@ class Updates:
         self.skipped, self.skipped_in_a_row = entries(state, skipped=0, skipped_in_a_row=0)
 
 
+def logit_rows(model):
+    return max(1, LOGITS // model.config.vocab_size)
+
+
 @torch.no_grad()
 def evaluate(model, documents, cfg, machine, order, stop):
     """One complete pass over `documents`, shared among ranks -> the metrics of an 'eval' line; None if stopped.
@@ -580,7 +622,7 @@ def evaluate(model, documents, cfg, machine, order, stop):
     size = min(cfg.micro_batch_size or cfg.batch_size, 64)
     sums = torch.zeros(8, dtype=torch.float64)
     bins = torch.zeros(2, 3, ECE_BINS, dtype=torch.float64)  # (p, link) x (tokens, confidence, correct) x bins
-    for first in range(machine.rank * size, count, machine.world_size * size):
+    for first in progress(range(machine.rank * size, count, machine.world_size * size), 'evaluating', machine.print):
         idx, targets, leaked = prepare_shp.eval_batch(documents, cfg.cut, cfg.block_size,
                                                       range(first, min(first + size, count)))
         if stop.number:
@@ -590,10 +632,10 @@ def evaluate(model, documents, cfg, machine, order, stop):
             valid = targets.reshape(-1) >= 0
             hidden = hidden.flatten(0, 1)[valid.to(machine.device)]
             targets, leaked = targets.reshape(-1)[valid].to(machine.device), leaked.reshape(-1)[valid]
-            for rows in torch.arange(len(targets)).split(LOGIT_ROWS):
+            for rows in torch.arange(len(targets)).split(logit_rows(model)):
                 log_p = model.logits(hidden[rows]).log_softmax(-1)
                 target = targets[rows, None]
-                tokens = [(log.gather(1, target)[:, 0], *log.max(1), -(log.exp() * log).nan_to_num_(0.0).sum(1))
+                tokens = [(log.gather(1, target)[:, 0], *log.max(1), torch.special.entr(log.exp()).sum(1))
                           for log in (log_p, taylor_link(log_p, order))]
                 ce, ce_link = (-at_target.cpu().double() for at_target, *_ in tokens)
                 right = (tokens[0][2] == target[:, 0]).cpu().double()

@@ -1,16 +1,19 @@
 """The command line, as a user types it: subprocesses for exit codes and streams, calls for values and their types."""
+import io
 import os
 import random
 import re
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
 
 import pytest
 
-from configurator import configure
+import configurator
+from configurator import configure, progress
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -376,3 +379,20 @@ def test_a_closed_pipe_is_quiet(folder, flag):
                                stderr=subprocess.PIPE, env=env)
     process.stdout.close()
     assert process.stderr.read() == b'' and process.wait(30) == 1
+
+
+def test_progress_in_a_log_is_lines_and_in_a_terminal_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(configurator, 'LINE_SECONDS', 0)
+    assert list(progress([1, 2, 3, 4], 'counting')) == [1, 2, 3, 4]
+    said = capsys.readouterr()
+    assert [line.split(',')[0] for line in said.out.splitlines()] == ['counting 25%', 'counting 50%', 'counting 75%']
+    assert 'ETA 0:00:00' in said.out and not said.err
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    for _ in progress(range(4), 'counting'):
+        time.sleep(0.3)
+    assert not capsys.readouterr().out and 'counting' in terminal.getvalue() and '100%|' in terminal.getvalue()
+    monkeypatch.setenv('RANK', '1')
+    assert list(progress(range(4), 'counting', say=lambda _: None)) == [0, 1, 2, 3]
+    assert not capsys.readouterr().out

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -375,6 +377,49 @@ def test_probes_change_nothing_and_stand_beside_the_evaluations(tmp_path):
     train.main(replace(cfg, out_dir=str(tmp_path / 'probed'), probe_interval=3, resume=True))
     assert_same_run(tmp_path / 'plain', tmp_path / 'probed')
     assert [line['step'] for line in metrics(tmp_path / 'probed', 'probe')] == [0, 3, 6, 9, 12]
+
+
+def test_metrics_elsewhere(tmp_path, monkeypatch):
+    """wandb and tensorboard, by what they are told; both go on after a resume, without an account offline."""
+    monkeypatch.delenv('WANDB_MODE', raising=False)
+    told, shown = [], []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            shown.append((str(folder), purge_step))
+
+        def add_scalar(self, *point):
+            shown.append(point)
+
+        def flush(self):
+            pass
+
+    def init(**options):
+        told.append(options)
+        return types.SimpleNamespace(log=told.append, define_metric=lambda *_, **__: None)
+
+    for name, members in (('wandb', dict(login=lambda prompt: prompt, init=init)), ('tensorboard', {}),
+                          ('torch.utils.tensorboard', dict(SummaryWriter=Writer))):
+        module = types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    cfg = config(tmp_path / 'run', wandb=True, tensorboard=True)
+    assert not list(cfg.check())
+    train.main(replace(cfg, stop_step=6))
+    train.main(replace(cfg, resume=True))
+    inits = [line for line in told if 'id' in line]
+    assert len(inits) == 2 and inits[0]['id'] == inits[1]['id'] and all(line['mode'] == 'offline' for line in inits)
+    assert [line['step'] for line in told if 'train/train_ce' in line] == list(range(1, 13))
+    assert [p for p in shown if len(p) == 2] == [(str(tmp_path / 'run' / 'tensorboard'), step + 1) for step in (0, 6)]
+    lines = metrics(tmp_path / 'run', 'eval')
+    assert [p for p in shown if p[0] == 'eval/val_ce'] == [('eval/val_ce', line['val_ce'], line['step']) for line in lines]
+
+
+def test_what_is_not_installed_is_told_before_all_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'find_spec', lambda name: None)
+    assert list(config(tmp_path, wandb=True, tensorboard=True).check()) == [
+        f'{name}=True needs {name}, which is not installed: pip install {name}' for name in ('wandb', 'tensorboard')]
 
 
 def test_a_command_as_typed(tmp_path):
