@@ -18,6 +18,7 @@ import torch
 import prepare_shp
 from configurator import Refusal
 from model import GPT, GPTConfig, check_vocabulary, config_of, load_run
+from plot import read_events
 
 HUB = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'  # names that are fetched
 WEIGHTS = 'model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin'
@@ -31,6 +32,7 @@ TRANSPOSED = 'c_attn.weight', 'c_proj.weight', 'c_fc.weight'         # Conv1D: x
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors package
+DIGEST = 'nanotaylor_sha256'  # of entries and numbers, among a safetensors file's metadata
 
 
 # In ------------------------------------------------------------------------------------------------------------------
@@ -68,11 +70,11 @@ def is_hugging_face(where):
 
 def crop(state, block_size, name):
     """The first block_size (0 = all) positions of a start; what it says of a longer text does not change."""
-    has = state['model_config']['block_size'] if block_size else 0
+    has = state['model_config']['block_size']
     if block_size > has:
         raise Refusal(f'block_size={block_size} is more than the {has} positions that {name} has learned; use '
                       f'--block_size={has} or less')
-    if block_size == has:
+    if block_size in (0, has):
         return state
     weights = dict(state['model'])
     weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:block_size].clone()
@@ -114,8 +116,9 @@ def read_gpt2(folder):
     if len(given) < config.n_layer:  # else so many layers would be made for nothing
         raise Refusal(f'{folder} holds {len(given)} weights, too few for n_layer={config.n_layer} of its config.json')
     if config.tie_weights and 'transformer.wte.weight' in given:
-        head = given.setdefault('lm_head.weight', given['transformer.wte.weight'])
-        if not torch.equal(head, given['transformer.wte.weight']):
+        embedding = given['transformer.wte.weight']
+        head = given.setdefault('lm_head.weight', embedding)
+        if head is not embedding and not torch.equal(head, embedding):
             raise Refusal(f'{folder} has a lm_head.weight of its own, and config.json says that it is tied to the '
                           'token embedding; which of the two holds? Set tie_word_embeddings to false to keep it')
     with torch.device('meta'):  # shapes without memory
@@ -135,7 +138,7 @@ def read_gpt2(folder):
         if not w.isfinite().all():
             raise Refusal(f'{folder}: {name} holds numbers that are not finite')
         w = w.t() if name.endswith(TRANSPOSED) else w
-        if shape[0] == config.vocab_size and name in ('transformer.wte.weight', 'lm_head.weight'):
+        if name in ('transformer.wte.weight', 'lm_head.weight'):
             w = torch.nn.functional.pad(w, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
         weights[name] = w.contiguous()
     if config.tie_weights:
@@ -168,6 +171,7 @@ def read_config(folder):
 
 
 def read_json(path):
+    """The JSON object in a file of a model; Refusal where there is none."""
     try:
         thing = json.loads(path.read_bytes())
     except OSError as error:
@@ -201,8 +205,9 @@ def read_weights(folder):
         weights = torch.load(pickled, map_location='cpu', weights_only=True)
     except Exception as error:  # whatever the unpickler makes of it
         raise Refusal(f'{pickled} cannot be read safely ({type(error).__name__}); save it as safetensors') from None
-    if not isinstance(weights, dict) or not all(type(name) is str and type(w) is torch.Tensor
-                                                for name, w in weights.items()):
+    if not isinstance(weights, dict) or not all(
+            type(name) is str and type(w) is torch.Tensor and w.layout == torch.strided and w.device.type == 'cpu'
+            for name, w in weights.items()):
         raise Refusal(f'{pickled} does not hold named weights; save the model with save_pretrained')
     return weights
 
@@ -236,17 +241,20 @@ def read_safetensors(path):
             metadata = header.pop('__metadata__', {})
             digest, tensors, place = entries_digest(header), {}, 0
             for name, entry in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
-                dtype, shape, (first, end) = DTYPES[entry['dtype']], entry['shape'], entry['data_offsets']
+                dtype, shape, (first, end) = DTYPES.get(entry['dtype']), entry['shape'], entry['data_offsets']
+                if dtype is None:
+                    raise ValueError(f"{name} is of {entry['dtype']}, which is not read here: save it in float32")
                 if any(type(n) is not int or n < 0 for n in (*shape, first, end)) or first != place:
                     raise ValueError(f'{name} is not where the one before it ends')
                 if end - first != math.prod(shape) * dtype.itemsize or end > size - 8 - length:
                     raise ValueError(f'the bytes of {name} are not as many as its shape needs')
                 numbers, place = bytearray(file.read(end - first)), end
                 digest.update(numbers)
-                tensors[name] = torch.frombuffer(numbers, dtype=torch.uint8).view(dtype).view(shape)
+                tensors[name] = torch.frombuffer(numbers, dtype=dtype).view(shape) if numbers else torch.empty(
+                    shape, dtype=dtype)
             if place != size - 8 - length:
                 raise ValueError('it does not end where its last tensor ends')
-            if metadata.get('sha256', digest.hexdigest()) != digest.hexdigest():
+            if metadata.get(DIGEST, digest.hexdigest()) != digest.hexdigest():
                 raise ValueError('it has not the sha256 that it was written with')
             return tensors
     except OSError as error:
@@ -266,7 +274,7 @@ def write_safetensors(path, tensors):
     digest = entries_digest(header)
     for part in parts:
         digest.update(part)
-    text = json.dumps(dict(__metadata__=dict(format='pt', sha256=digest.hexdigest()), **header)).encode()
+    text = json.dumps({'__metadata__': {'format': 'pt', DIGEST: digest.hexdigest()}, **header}).encode()
     text += b' ' * (-len(text) % 8)  # the numbers lie at a multiple of 8
     with open(path, 'wb') as file:
         file.write(len(text).to_bytes(8, 'little') + text)
@@ -277,6 +285,7 @@ def write_safetensors(path, tensors):
 
 
 def entries_digest(header):
+    """sha256 of a header's entries, to go on with the numbers in the file's order."""
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode())
 
 
@@ -292,7 +301,7 @@ def export(state, out_dir, folder):
     final, encoding = Path(folder), encoding_of(state)
     if final.exists():
         raise Refusal(f'export_hf={final} exists; name a new folder, or remove it')
-    temporary = final.absolute().with_name(f'.{final.absolute().name}.tmp-{os.getpid()}')
+    temporary = prepare_shp.temporary_folder(final.absolute())
     main = 'model' if 'model' in state else 'reward_model'
     try:
         temporary.mkdir(parents=True)
@@ -309,6 +318,7 @@ def export(state, out_dir, folder):
 
 
 def encoding_of(state):
+    """The encoding of a checkpoint that can be exported; Refusal for any other."""
     sizes = list(prepare_shp.VOCABULARIES.items())
     if not {'model', 'reward_model'} & state.keys() or (
             (state.get('encoding'), state['model_config']['vocab_size']) not in sizes):
@@ -410,16 +420,9 @@ def write_json(path, thing):
 
 
 def last_evaluation(out_dir, step):
-    """The metrics.jsonl line of the evaluation at `step`, the last one at or before it; {} where there is none."""
-    found = {}
-    try:
-        for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines():
-            event = json.loads(line)
-            if event['event'] == 'eval' and event['step'] <= step:
-                found = event
-    except (OSError, ValueError, LookupError, TypeError):
-        pass  # a run's metrics may be lost or cut; its weights are sound
-    return found
+    """The metrics.jsonl event of the evaluation at `step`, the last one at or before it; {} where there is none."""
+    events = [event for _, event in read_events(Path(out_dir) / 'metrics.jsonl')]
+    return next((event for event in reversed(events) if event['event'] == 'eval' and event['step'] <= step), {})
 
 
 def model_card(state, out_dir, name, encoding):
@@ -427,10 +430,13 @@ def model_card(state, out_dir, name, encoding):
     shape = GPTConfig(**state['model_config'])
     order, method = config.get('taylor_order'), config.get('method')
     trained_as = method or f'language model, T_{order or 0}'
-    after_post = prepare_shp.render('', '')[0]
+    after_post, speaks = prepare_shp.render('', '')[0], 'model' in state
+    use = '''ids = model.generate(**tokenizer(prompt, return_tensors='pt'), max_new_tokens=100)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))''' if speaks else f'''prompt_length = len(tokenizer(prompt)['input_ids'])
+ids = tokenizer(prompt)['input_ids'] + tokenizer(answer.strip())['input_ids'] + [{encoding.eot_token}]'''
     parts = [f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: text-{"generation" if speaks else "classification"}
 tags:
 - nanotaylor
 ---
@@ -440,7 +446,7 @@ tags:
 A GPT-2 trained with nanoTaylor ({trained_as}), at step {state['step']:,}. {encoding.n_vocab:,} tokens of \
 {encoding.name}, a context of {shape.block_size:,}, float32.
 
-## How to ask
+## {"How to ask" if speaks else "What it reads"}
 
 A prompt is the post without blanks around it, a line that says that the answer starts, and a newline; nothing else. \
 The answer ends with `{prepare_shp.END_OF_TEXT}`. Prompt and answer are encoded apart.
@@ -450,8 +456,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained({name!r}), AutoTokenizer.from_pretrained({name!r})
 prompt = post.strip() + {after_post!r}
-ids = model.generate(**tokenizer(prompt, return_tensors='pt'), max_new_tokens=100)
-print(tokenizer.decode(ids[0], skip_special_tokens=True))
+{use}
 ```
 
 In training `{prepare_shp.END_OF_TEXT}` within a text was ordinary text; this tokenizer makes it the special token.
@@ -462,7 +467,7 @@ In training `{prepare_shp.END_OF_TEXT}` within a text was ordinary text; this to
                      'by its sum over the vocabulary.\n')
     if not shape.bias:
         parts.append('It was trained without biases; those of GPT-2 are 0 here.\n')
-    if 'model' not in state:
+    if not speaks:
         read = '(h[prompt_length:] @ w).sum()' if config.get('reward_read') == 'sum' else 'h[-1] @ w'
         parts.append(f"""## The reward
 
@@ -470,10 +475,11 @@ The model is the trunk of a reward model, `scalar_head.safetensors` its head: `w
 `offset` (1,). h (tokens, channels) are the hidden states after the last LayerNorm.
 
 ```python
+import torch
 from safetensors.torch import load_file
 
-head = load_file('{name}/scalar_head.safetensors')
-h, w = model.transformer(ids)[0][0], head['weight'][0]  # ids (1, tokens): prompt, answer, {encoding.eot_token}
+head = load_file({name + '/scalar_head.safetensors'!r})
+h, w = model.transformer(torch.tensor([ids]))[0][0], head['weight'][0]
 reward = {read} + head['offset'][0]
 ```
 """)

@@ -45,21 +45,32 @@ class Config:
 
 def read_metrics(out_dir):
     """The lines of out_dir/metrics.jsonl as a list of dicts. Raises Refusal where there are none."""
-    path, events = Path(out_dir) / 'metrics.jsonl', []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise Refusal(f'{path} cannot be read ({error.strerror}); name the folder of a run') from None
-    for number, line in enumerate(lines, 1):
-        try:
-            events.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            if number < len(lines):
-                raise Refusal(f'{path} is damaged: line {number} is no JSON object; train that run again') from None
-            print(f'note: the last line of {path} is incomplete and left out')
+    path = Path(out_dir) / 'metrics.jsonl'
+    if not path.is_file():
+        raise Refusal(f'{path} cannot be read (No such file); name the folder of a run')
+    events = [event for _, event in read_events(path)]
     if not events:
         raise Refusal(f'{path} holds no metrics yet; let the run go on for a while')
     return events
+
+
+def read_events(path):
+    """Each line of a metrics.jsonl that can be read, and its event; none where there is no file.
+
+    A damaged line is left out with a warning, and without one the last line, which is written while a run is killed.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            line = line.decode()
+            event = json.loads(line)
+            if not isinstance(event['step'], (int, float)) or not isinstance(event['event'], str):
+                raise TypeError
+        except (ValueError, TypeError, LookupError, RecursionError):
+            if number < len(lines):
+                print(f'warning: {path} is damaged in line {number}, which is left out', flush=True)
+            continue
+        yield line, event
 
 
 def series(events, x, y):

@@ -208,11 +208,8 @@ def prepare(cfg):
         raise Refusal(f"source {', '.join(absent)} does not exist; name a folder or files of JSON lines")
     enc = encoding(_options(cfg)['encoding'])
     records, rows, rule = records_of(cfg)
-    folder, seen = final.with_name(f'.{final.name}.tmp-{os.getpid()}'), set()
+    folder, seen = temporary_folder(final), set()
     try:
-        for leftover in final.parent.glob(f'.{final.name}.tmp-*'):
-            if _dead(leftover.name.rpartition('-')[2]):
-                shutil.rmtree(leftover, ignore_errors=True)
         folder.mkdir(parents=True)
         splits = {split: _write_split(folder, split, records.pop(split), cfg, enc, seen) for split in SPLITS}
         template = ''.join(render('{history}', '{answer}')) + END_OF_TEXT
@@ -232,6 +229,14 @@ def prepare(cfg):
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return meta
+
+
+def temporary_folder(final):
+    """Where this process may make the folder `final`, to rename it when it is whole; what dead ones left there goes."""
+    for leftover in final.parent.glob(f'.{final.name}.tmp-*'):
+        if _dead(leftover.name.rpartition('-')[2]):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return final.with_name(f'.{final.name}.tmp-{os.getpid()}')
 
 
 def _dead(pid):

@@ -49,10 +49,11 @@ class Config:
 
 
 def read_prompts(cfg):
+    """The posts to answer: `prompt`, or the lines of `prompt_file`. Raises Refusal where there are none."""
     if cfg.prompt:
         return [cfg.prompt]
     try:
-        prompts = [line for line in Path(cfg.prompt_file).read_text(encoding='utf-8').splitlines() if line.strip()]
+        prompts = [line for line in Path(cfg.prompt_file).read_text(encoding='utf-8-sig').split('\n') if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise Refusal(f'cannot read prompt_file {cfg.prompt_file}: {error}') from None
     if not prompts:

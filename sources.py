@@ -51,6 +51,8 @@ def check_source(cfg):
         ours, _, theirs = pair.partition(':')
         if ours not in COLUMNS or not theirs:
             yield f"columns: '{pair}' is not OURS:THEIRS, with OURS one of {', '.join(COLUMNS)}"
+        elif ours in SPLITS.values() and not (cfg.source == 'hub' or cfg.source.startswith('hf:')):
+            yield f"columns: '{pair}' maps a split, which datasets of the Hub have; name the file {ours}.jsonl instead"
 
 
 # SHP rows ------------------------------------------------------------------------------------------------------------
@@ -86,6 +88,8 @@ def shp_rows(row, where, columns={}):
     row = row | {ours: row.get(theirs) for ours, theirs in columns.items()}
     for names, read in SCHEMAS:
         if any(row.get(name) is not None for name in names):
+            if lost := [theirs for ours, theirs in columns.items() if ours in MAPPED[read] and row[ours] is None]:
+                raise ValueError(f"no column {', '.join(lost)}, which --columns names")
             return read(row, where, columns)
     raise ValueError("its columns are neither SHP's nor prompt + responses, prompt + chosen + rejected, instruction + "
                      'completions or prompt + answers')
@@ -115,26 +119,26 @@ def _responses(row, where, columns):
     if scores is not None and not (isinstance(scores, list) and isinstance(texts, list) and len(scores) == len(texts)):
         raise ValueError('scores is not a list as long as responses')
     rows = _ranked(prompt, texts, scores, where)
-    if scores and any(a <= b for a, b in zip(scores, scores[1:])):
-        raise ValueError('scores do not fall from the first response to the last')
+    if scores and any(a < b for a, b in zip(scores, scores[1:])):
+        raise ValueError('scores rise from one response to the next')
     return rows
 
 
 def _chosen(row, where, columns):
     """TRL's pairs. As in its maybe_extract_prompt, where there is no prompt, or a text before two conversations, the
-    prompt is what both answers begin with: messages, or characters, of which a last space goes to the answers.
+    prompt is what both answers begin with: messages, or characters.
     """
     prompt, pair, scores = _prompt(row), [row.get('chosen'), row.get('rejected')], None
+    if prompt is None and 'prompt' in row and not all(map(is_talk, pair)):
+        raise ValueError('prompt is null')
     if prompt is None and any(row.get(name) for name in ('question', 'query', 'input')):
         raise ValueError('it has no prompt, and a column that may be it; say which with --columns=prompt:NAME')
-    if all(map(_is_talk, pair)) and not _is_talk(prompt) or prompt is None and all(isinstance(x, str) for x in pair):
+    if all(map(is_talk, pair)) and not is_talk(prompt) or prompt is None and all(isinstance(x, str) for x in pair):
         shorter = min(map(len, pair))
         common = next((i for i in range(shorter) if pair[0][i] != pair[1][i]), max(0, shorter - 1))
-        if pair[0][:common][-1:] == ' ':
-            common -= 1
         if common:  # else the prompt is what the row gives, if anything
             prompt, pair = pair[0][:common], [x[common:] for x in pair]
-    if any(_is_talk(x) and x[0]['role'] in ('user', 'system') for x in pair):
+    if any(is_talk(x) and x[0]['role'] in ('user', 'system') for x in pair):
         raise ValueError('chosen or rejected does not begin with the assistant where the two part')
     if row.get('score_chosen') is not None or row.get('score_rejected') is not None:
         scores = [_number(key, row.get(key)) for key in ('score_chosen', 'score_rejected')]
@@ -158,6 +162,9 @@ def _answers(row, where, columns):
 # columns any of which tells a schema, and who reads its rows
 SCHEMAS = ((('responses',), _responses), (('chosen', 'rejected'), _chosen), (('completions',), _completions),
            (('answers',), _answers), (('history', 'human_ref_A', 'labels'), _shp))
+# what else of a row --columns may map, and then must be there
+MAPPED = {_responses: ('prompt', 'scores'), _chosen: ('prompt', 'score_chosen', 'score_rejected'),
+          _completions: ('prompt',), _answers: ('prompt',), _shp: ()}
 
 
 def _prompt(row):
@@ -172,15 +179,16 @@ def _scored(prompt, answers, where, columns):
         raise ValueError('an answer is no object with a text and a score or rank')
 
     def column(names):
-        """The first of our names whose column all answers have."""
+        """The first of our names whose column all answers have, of those that --columns maps if it maps any."""
+        names = [name for name in names if name in columns] or names
         here = [name for name in names if all(answer.get(columns.get(name, name)) is not None for answer in answers)]
         if not here:
-            raise ValueError(f"no column {' or '.join(columns.get(name, name) for name in names)} in all its answers, "
-                             f"whose first has {', '.join(map(repr, answers[0]))[:100]}")
+            raise ValueError(f"no column {' or '.join(columns.get(name, name) for name in names)} in all its answers")
         return here[0]
 
-    text, score = columns.get(column(ANSWERS), column(ANSWERS)), column(SCORES)
-    sign, score = -1 if score == 'rank' else 1, columns.get(score, score)
+    text, score = column(ANSWERS), column(SCORES)
+    sign = -1 if score == 'rank' else 1  # 1 is the best rank
+    text, score = columns.get(text, text), columns.get(score, score)
     return _ranked(prompt, [answer[text] for answer in answers],
                    [sign * _number(score, answer[score]) for answer in answers], where)
 
@@ -192,16 +200,18 @@ def _ranked(prompt, texts, scores, where):
     """
     if not isinstance(texts, list) or len(texts) < 2:
         raise ValueError('responses is not a list of two or more')
+    # without scores: 0, -1, ..., to which no ratio applies
     comments = [Comment(_number('a score', score), 0, str(k), checked_text('a response', said(text)))
                 for k, (score, text) in enumerate(zip(scores or range(0, -len(texts), -1), texts))]
-    history = checked_text('prompt', said(prompt))  # above, to scores of 0 and less no ratio applies
+    history = checked_text('prompt', said(prompt))
     return [dict(post_id=where, domain='', history=history, labels=1, score_A=a.score, score_B=b.score,
                  created_at_utc_A=a.time, created_at_utc_B=b.time, c_root_id_A=a.id, c_root_id_B=b.id,
                  human_ref_A=a.text, human_ref_B=b.text)
             for a, b in combinations(sorted(comments, key=lambda c: -c.score), 2) if a.beats(b)]
 
 
-def _is_talk(x):
+def is_talk(x):
+    """Whether x is a conversation: a list of messages, each with a role and a content that are texts."""
     return isinstance(x, list) and x != [] and all(
         isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str) for m in x)
 
@@ -211,7 +221,7 @@ def said(x):
 
     [user: a, assistant: b, user: c] -> 'a\\n\\nAssistant: b\\n\\nHuman: c', and so one message is its text.
     """
-    if not _is_talk(x):
+    if not is_talk(x):
         return x
     first, *others = x
     return '\n\n'.join([first['content'], *(f"{SPEAKERS.get(m['role'], m['role'])}: {m['content']}" for m in others)])
@@ -309,7 +319,15 @@ def parsed(line):
     return line
 
 
+def columns_of(row):
+    """The names of a row's columns, and of those in the first answer where answers are objects."""
+    inner = next((x[0] for x in row.values() if isinstance(x, list) and x and isinstance(x[0], dict)), {})
+    names = ', '.join(map(repr, row))[:300]
+    return names + f"; of its first answer: {', '.join(map(repr, inner))[:100]}" * bool(inner and 'role' not in inner)
+
+
 def _columns(cfg):
+    """{our name: theirs} of --columns."""
     return dict(pair.split(':', 1) for pair in cfg.columns)
 
 
@@ -328,8 +346,9 @@ def _read(source, cfg, share):
         except ValueError as error:
             bad[str(error)] += 1
             example = example or f'line {number}: {error}'
-            seen = seen or row and (f"; the columns of line {number}: {', '.join(map(repr, row))[:300]}; where yours "
-                                    'have other names, map them with --columns=OURS:THEIRS')
+            if row and not seen:
+                seen = (f'; the columns of line {number}: {columns_of(row)}; where yours have other names, map them with '
+                        '--columns=OURS:THEIRS')
             continue
         domain = rows[0]['domain'] if rows else ''
         wide = [row for row in rows if Comment.beats(*pair_of(row), cfg.min_score_ratio)]
@@ -344,7 +363,7 @@ def _read(source, cfg, share):
                             for row in wide])
     if sum(bad.values()) > cfg.max_bad_fraction * count['read']:
         raise Refusal(f'{source.name}: {sum(bad.values())} of {count["read"]} rows are unusable, more than '
-                      f'max_bad_fraction={cfg.max_bad_fraction} allows; {example}; in all: {counted(bad)}{seen or ""}')
+                      f'max_bad_fraction={cfg.max_bad_fraction} allows; {example}; in all: {counted(bad)}{seen}')
     count['kept'] = len(records)
     return records, count + bad
 
@@ -364,13 +383,13 @@ def records_of(cfg):
     needed = ('test',) if cfg.split == 'row' else ('validation', 'test')
     missing = [split for split in needed if split not in records]
     if missing:
-        prompts = list(dict.fromkeys(record[0]['history'] for record in train))
+        prompts = list(dict.fromkeys(record[0]['history'].strip() for record in train))  # as `render` has them
         order = np.random.default_rng(SPLIT_SEED).permutation(len(prompts))
         size = max(1, round(HELD_OUT * len(prompts)))
         split_of = {prompts[j]: split for i, split in enumerate(missing) for j in order[i * size:(i + 1) * size]}
         for split in missing:
-            records[split] = [record for record in train if split_of.get(record[0]['history']) == split]
-        train = [record for record in train if record[0]['history'] not in split_of]
+            records[split] = [record for record in train if split_of.get(record[0]['history'].strip()) == split]
+        train = [record for record in train if record[0]['history'].strip() not in split_of]
         rule = f"{' and '.join(missing)} cut from train by prompt, {HELD_OUT:.0%} of the prompts each"
         if not train:
             raise Refusal(f'{cfg.source} has {len(prompts)} prompts, too few to hold some out; give it more, or a '

@@ -18,9 +18,9 @@ import prepare_shp
 from answers import gather_answers, leave_together, make_gpt, sample, text_of
 from configurator import Refusal, progress, run
 from huggingface import is_hugging_face
-from model import check_vocabulary, load_run
+from model import check_vocabulary, first_line, load_run
 from prepare_shp import SEPARATOR, render
-from sources import checked_text, parsed, said
+from sources import checked_text, is_talk, parsed, said
 from train import write_whole
 
 # in a line of completions, the first there is: whose prompt's it is, where train knows it, and what was said
@@ -42,14 +42,16 @@ def open_teacher(cfg, encoding, groups):
                       'one), FILE.jsonl of completions, or the name of a Hugging Face causal LM')
     if where.suffix in ('.json', '.jsonl') or where.is_file() and where.suffix != '.pt':
         return WrittenTeacher(cfg, encoding, groups)
-    if is_hugging_face(where) or where.parts[0] != 'out' and not where.exists():
+    if is_hugging_face(where) or (where.parts[:1] != ('out',) and not where.exists()):
         return HuggingFaceTeacher(cfg)
     return RunTeacher(cfg, encoding)
 
 
 def ids_of(encoding, completion, ended, limit):
+    """An answer's ids, at most `limit`, closed by end-of-text where it ended within that; at least one id."""
     ids = encoding.encode_ordinary(completion.strip())[:limit]
-    return ids + [encoding.eot_token] if ended and len(ids) < limit or not ids else ids
+    closes = (ended and len(ids) < limit) or not ids
+    return ids + [encoding.eot_token] * closes
 
 
 class RunTeacher(nn.Module):
@@ -72,12 +74,16 @@ class RunTeacher(nn.Module):
 
 
 def prompts_of(groups, encoding):
-    """The rendered prompt of each group, and the ids that stand for one prompt alone: {id: prompt}."""
+    """The rendered prompt of each group, and the ids that stand for one prompt alone: {id: prompt}.
+
+    An id is the post's or, for posts of several prompts, the prompt's own: a part of its sha256.
+    """
     prompts = [encoding.decode(groups.piece(p).tolist()) for p in groups.prompts]
     of_id = {}
     for id, prompt in zip(groups.ids.tolist(), prompts):
         of_id.setdefault(id, set()).add(prompt)
-    return prompts, {id: min(those) for id, those in of_id.items() if len(those) == 1}
+    own = {hashlib.sha256(prompt.encode()).hexdigest()[:16]: prompt for prompt in dict.fromkeys(prompts)}
+    return prompts, {id: min(those) for id, those in of_id.items() if len(those) == 1} | own
 
 
 class WrittenTeacher(nn.Module):
@@ -94,7 +100,7 @@ class WrittenTeacher(nn.Module):
         super().__init__()
         self.path, self.completions, problems, strangers, again = cfg.teacher, {}, {}, [], []
         self.prompts, self.of_id = prompts_of(groups, encoding)
-        known, generators = set(self.prompts), set()
+        self.known, generators = set(self.prompts), set()
         try:
             text = Path(cfg.teacher).read_bytes()
         except OSError as error:
@@ -107,14 +113,15 @@ class WrittenTeacher(nn.Module):
                 row = parsed(line)
                 completion, ended = completion_of(row)
                 prompt, named = self.prompt_of(row)
-                if prompt in known and 'generated_text' in row:
+                if prompt in self.known and 'generated_text' in row:
                     completion = without(completion, prompt, said(row.get('prompt')))
-                completion = checked_text('completion', completion)
+                if completion.strip() or row.get('ended') is not True:  # a run of ours may end an answer at once
+                    checked_text('completion', completion)
             except ValueError as error:
                 reason = str(error)
                 problems.setdefault('it is ' * reason.startswith('not ') + reason, []).append(number)
                 continue
-            if prompt not in known:
+            if prompt not in self.known:
                 strangers.append(f'line {number}, {named[:80]!r}')
             elif prompt in self.completions:
                 again.append(f'line {number}, {named[:80]!r}')
@@ -128,8 +135,8 @@ class WrittenTeacher(nn.Module):
         complaints, missing = [], [i for i, prompt in enumerate(self.prompts) if prompt not in self.completions]
         if missing:
             id, prompt = groups.ids[missing[0]], self.prompts[missing[0]].removesuffix(SEPARATOR)
-            complaints.append(f'it has no completion for {len(known) - len(self.completions)} of {len(known)} prompts, '
-                              f'for example post {id}, {prompt[:80]!r}')
+            complaints.append(f'it has no completion for {len(self.known) - len(self.completions)} of {len(self.known)} '
+                              f'prompts, for example post {id}, {prompt[:80]!r}')
         if strangers:
             complaints.append(f'{len(strangers)} lines are of no prompt of train, for example {strangers[0]}')
         if again:
@@ -145,12 +152,15 @@ class WrittenTeacher(nn.Module):
         """-> the rendered prompt that a line is about, by an id that train knows or else by its text; and its name."""
         ids = [row[key] for key in IDS if isinstance(row.get(key), str)]
         id = next((id for id in ids if id in self.of_id), None)
-        if id is not None:
-            return self.of_id[id], id
-        if row.get('prompt') is None and ids:
-            return None, ids[0]
-        prompt = checked_text('prompt', said(row.get('prompt')))
-        return render(prompt.removesuffix(SEPARATOR), '')[0], prompt
+        text = said(row.get('prompt'))
+        if text is None and ids:
+            return self.of_id.get(id), id or ids[0]
+        prompt = render(checked_text('prompt', text).removesuffix(SEPARATOR), '')[0]
+        if id is None:
+            return prompt, text
+        if prompt in self.known and prompt != self.of_id[id]:
+            raise ValueError('its id and its prompt are of two prompts of train')
+        return self.of_id[id], id
 
     def answers(self, run, groups, iteration):
         return [self.completions[self.prompts[group.number]] for group in groups]
@@ -161,16 +171,23 @@ def completion_of(row):
     if row.get('response') is not None or row.get('error') is not None:
         try:
             (row,) = row['response']['body']['choices']
-            row = row | (dict(text=row['message']['content']) if 'message' in row else {})
+            row = dict(row, text=row['message']['content']) if 'message' in row else row
         except (KeyError, TypeError, ValueError):
             raise ValueError('its response does not hold one choice; ask again where the request failed') from None
-    text = next((row[key] for key in COMPLETIONS if row.get(key) is not None), None)
-    if text is not said(text):  # the pipeline's conversation, the answer last
+    found = [key for key in COMPLETIONS if row.get(key) is not None]
+    if len(found) > 1:
+        raise ValueError(f"it has {' and '.join(found)}; keep the one that is the answer")
+    text = row[found[0]] if found else None
+    if is_talk(text):  # the pipeline's conversation, the answer last
+        if text[-1]['role'] != 'assistant':
+            raise ValueError('its conversation does not end with the assistant')
         text = text[-1]['content']
+    if not isinstance(text, str):
+        checked_text('completion', text)
     ended = row.get('ended', row.get('finish_reason') not in CUT_OFF)
     if not isinstance(ended, bool):
         raise ValueError('its ended is neither true nor false')
-    return checked_text('completion', text), ended
+    return text, ended
 
 
 def without(text, *prompts):
@@ -195,9 +212,13 @@ class HuggingFaceTeacher(nn.Module):
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side='left',
                                                                         truncation_side='left')
-            self.lm = transformers.AutoModelForCausalLM.from_pretrained(name).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            raise Refusal(f'teacher={name} could not be loaded by transformers: {str(error).splitlines()[0]}') from None
+            lm, loaded = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+        except Exception as error:  # of whatever kind transformers, safetensors and the tokenizers raise
+            raise Refusal(f'teacher={name} could not be loaded by transformers ({type(error).__name__}: '
+                          f'{first_line(error)})') from None
+        if loaded['missing_keys']:  # transformers would make them up
+            raise Refusal(f"teacher={name} lacks the weight {sorted(loaded['missing_keys'])[0]}; copy the model again")
+        self.lm = lm.eval().requires_grad_(False)
         if len(self.tokenizer) < 2 or self.tokenizer.eos_token is None:
             raise Refusal(f'teacher={name} has no tokenizer with an end of text; save it beside the model')
         context = getattr(self.lm.config, 'max_position_embeddings', 1024)

@@ -31,6 +31,7 @@ from configurator import Refusal, at_least, at_most, progress, run
 from huggingface import open_start
 from losses import linear_taylor_loss, taylor_link
 from model import GPT, GPTConfig, checkpoints, first_line, load_checkpoint, not_own_folder, save_checkpoint
+from plot import read_events
 
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 DTYPES = 'auto', 'float32', 'bfloat16', 'float16'
@@ -423,22 +424,6 @@ def start_files(cfg, step):
             path.rename(path.with_suffix('.damaged'))
 
 
-def read_events(path):
-    """The lines of a metrics.jsonl that can be read, and the event in each."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            line = line.decode()
-            event = json.loads(line)
-            if not isinstance(event['step'], (int, float)) or not isinstance(event['event'], str):
-                raise TypeError
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):  # the last one was being written when its run was killed
-                print(f'warning: {path} is damaged in line {number}, which is left out', flush=True)
-            continue
-        yield line, event
-
-
 class Metrics:
     """out_dir/<name>: a JSON line an event, in the order of steps; a resume first cuts what it will write again."""
 
@@ -476,7 +461,7 @@ def viewers(cfg, step):
     found = []
     if cfg.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(Path(cfg.out_dir) / 'tensorboard', purge_step=step + 1)
+        writer = SummaryWriter(Path(cfg.out_dir) / 'tensorboard', purge_step=step + 1)  # an evaluation of this step comes twice
 
         def show_in_tensorboard(event, values):
             for name, value in values.items():
@@ -515,7 +500,7 @@ def finish(cfg, machine, stop, step, done, seconds, hint=''):
 
 
 def unwritten(path, error):
-    return Refusal(f'{path} could not be written, is the disk full? ({error.strerror})')
+    return Refusal(f'{path} could not be written ({error.strerror}); is the disk full, or its folder missing?')
 
 
 def write_whole(path, text):

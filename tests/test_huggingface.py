@@ -6,6 +6,7 @@ import json
 import math
 import re
 import struct
+import subprocess
 import types
 from collections import Counter
 from dataclasses import asdict
@@ -181,7 +182,27 @@ def test_a_scalar_head_leaves_beside_its_trunk(tmp_path, capsys):
     scalar, offset, _ = scorer(idx)
     assert head.keys() == {'weight', 'offset'} and head['weight'].any()
     assert torch.allclose(trunk(idx)[0] @ head['weight'][0] + head['offset'][0], scalar[0] + offset)
-    assert '(h[prompt_length:] @ w).sum() + head[\'offset\']' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('read', ['sum', 'last'])
+def test_the_card_of_a_reward_run_says_how_a_reward_is_read(tmp_path, read):
+    """Its own last line, on hidden states of the trunk, gives what the run gave."""
+    run, _ = test_preference.a_run(tmp_path, 'reward', reward_read=read)
+    state = load_checkpoint('reward', 'best.pt')
+    state = dict(state, config=dict(state['config'], reward_read=read))
+    export(state, 'reward', tmp_path / 'out')
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'text-classification' in card and 'generate' not in card and "head = load_file('out/scalar_head" in card
+    trunk, head = answers.make_gpt(start_from(tmp_path / 'out')), read_safetensors(
+        tmp_path / 'out' / 'scalar_head.safetensors')
+    groups = prepare_shp.pick_groups(run.groups['train'], 0, 0, 4)
+    rewards = answers.rewards(run, answers.make_scorer(state), prepare_shp.group_batch(groups, 80))
+    for group, of_group in zip(groups, rewards):
+        for answer, reward in zip(group.answers, of_group.tolist()):
+            scope = dict(h=trunk(torch.tensor([group.prompt + answer]))[0], w=head['weight'][0], head=head,
+                         prompt_length=len(group.prompt))
+            exec(re.search('^reward = .*$', card, re.MULTILINE)[0], scope)
+            assert scope['reward'].item() == pytest.approx(reward, abs=1e-4)
 
 
 def test_a_critic_leaves_beside_its_policy(tmp_path):
@@ -199,11 +220,36 @@ def test_the_card_tells_the_run_and_how_to_ask(tmp_path):
     sample.main(sample.Config(out_dir='start', checkpoint='last', export_hf=str(tmp_path / 'out')))
     card = (tmp_path / 'out' / 'README.md').read_text()
     last = test_train.metrics('start', 'eval')[-1]
-    assert f'"val_ce": {last["val_ce"]}' in card and '"cut": "examples"' in card and 'at step 40' in card
+    assert f'"val_ce": {last["val_ce"]}' in card and 'pipeline_tag: text-generation' in card and '"cut": "examples"' in card and 'at step 40' in card
     assert "prompt = post.strip() + '\\nA:\\n'" in card and 'Taylor loss' not in card and 'without biases' not in card
     export(state_of(a_gpt(bias=False), config=dict(taylor_order=2)), 'no_run', tmp_path / 'other')
     card = (tmp_path / 'other' / 'README.md').read_text()
     assert 'Taylor loss T_2' in card and 'without biases' in card and 'Last evaluation' not in card
+
+
+def test_the_card_tells_the_evaluation_of_its_own_step(tmp_path):
+    lines = [dict(event='eval', step=step, val_ce=step / 100) for step in (0, 40, 80)]
+    text = [json.dumps(line) for line in lines]
+    text.insert(1, text[1][:9])  # damaged
+    (tmp_path / 'metrics.jsonl').write_text('\n'.join(text) + '\n')
+    assert [huggingface.last_evaluation(tmp_path, step) for step in (0, 39, 40, 100)] == [
+        lines[0], lines[0], lines[1], lines[2]]
+    assert huggingface.last_evaluation(tmp_path / 'nowhere', 40) == {}
+
+
+def test_it_samples_as_sample_py_does(tmp_path):
+    told = json.loads((exported(tmp_path / 'out', a_gpt()) / 'generation_config.json').read_text())
+    ours = sample.Config(prompt='x')
+    assert told['do_sample'] and {key: told[key] for key in ('temperature', 'top_k')} == dict(
+        temperature=ours.temperature, top_k=ours.top_k) and told['top_p'] == 1.0
+
+
+def test_what_a_killed_export_left_is_cleared(tmp_path):
+    process = subprocess.Popen(['true'])
+    process.wait()
+    (tmp_path / f'.out.tmp-{process.pid}').mkdir()
+    exported(tmp_path / 'out', a_gpt())
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
 
 
 # Runs that start from elsewhere -------------------------------------------------------------------------------------
@@ -439,8 +485,8 @@ def entry(dtype='F32', shape=(2,), offsets=(0, 8)):
     raw(dict(a=entry(shape=[True, 2])), b'8' * 8), raw(dict(a=entry(offsets=[0])), b'8' * 8),
     raw(dict(a=entry(offsets=[8, 16])), b'8' * 16), raw(dict(a=entry(), b=entry()), b'8' * 8),
     raw(dict(a=entry(), b=entry(offsets=[4, 12])), b'8' * 12), raw(dict(a=entry(shape=[10 ** 30])), b'8' * 8),
-    raw(dict(a=entry(shape=[2 ** 62, 8])), b'8' * 8), raw(dict(a=entry(), __metadata__=dict(sha256='0')), b'8' * 8),
-    raw(dict(a=entry(), __metadata__=[]), b'8' * 8), raw(dict(a=entry(shape=[0], offsets=[0, 0])))])
+    raw(dict(a=entry(shape=[2 ** 62, 8])), b'8' * 8), raw(dict(a=entry(), __metadata__=dict(nanotaylor_sha256='0')), b'8' * 8),
+    raw(dict(a=entry(), __metadata__=[]), b'8' * 8), raw(dict(a=entry('F8_E4M3', [8], [0, 8])), b'8' * 8)])
 def test_hostile_files_are_refused(tmp_path, content):
     (tmp_path / 'x.safetensors').write_bytes(content)
     with pytest.raises(Refusal, match='x.safetensors is no sound safetensors file'):

@@ -1,6 +1,8 @@
 """Every formula against brute force in float64, and the fused paths against the plain ones."""
+import importlib.util
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from losses import (gae, implicit_reward, linear_taylor_loss, linear_token_log_p
                     plackett_luce_log_prob, plackett_luce_loss, ppo_policy_loss, ppo_value_loss, renormalize_reward,
                     taylor_link, taylor_loss, token_log_prob)
 
+ROOT = Path(__file__).parent.parent
 ORDERS = range(5)
 NAN, INF = float('nan'), float('inf')
 
@@ -773,3 +776,26 @@ def test_value_loss(rng):
     torch.testing.assert_close(value.grad, expected[:, 1])
     clipped = expected[:, 1] == 0
     assert clipped.sum() > 20 and (value.grad[clipped] == 0).all() and (value.grad[~clipped] != 0).all()
+
+
+def test_control_arms_of_the_reddit_experiment(rng):
+    """results/reddit_taylor/arms.py: value and gradient of each loss against its definition on all logits."""
+    spec = importlib.util.spec_from_file_location('arms', ROOT / 'results' / 'reddit_taylor' / 'arms.py')
+    arms = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(arms)
+    hidden, weight = normal(rng, 12, 8).requires_grad_(), normal(rng, 64, 8).requires_grad_()
+    targets = torch.randint(0, 50, (12,), generator=rng)
+    targets[3] = -1
+    logits = (hidden @ weight[:50].T)[targets >= 0]
+    log_p = token_log_prob(logits, targets[targets >= 0])
+    p = log_p.exp()
+    expected = dict(taylor_ce=((1 - p) + (1 - p) ** 2 / 2).sum(), focal=(-(1 - p) ** 2 * log_p).sum(),
+                    dft=(-p.detach() * log_p).sum(),
+                    label_smoothing=F.cross_entropy(logits, targets[targets >= 0], label_smoothing=0.1, reduction='sum'))
+    assert set(expected) == set(arms.ARMS)
+    for arm, loss in expected.items():
+        sums = arms.sums(arm, hidden, weight, targets, 50)
+        torch.testing.assert_close(sums.loss, loss)
+        for mine, other in zip(torch.autograd.grad(sums.loss, (hidden, weight)),
+                               torch.autograd.grad(loss, (hidden, weight), retain_graph=True)):
+            torch.testing.assert_close(mine, other)

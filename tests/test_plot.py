@@ -170,10 +170,10 @@ def test_a_broken_last_line_is_left_out(tmp_path, capsys, end):
     with open(run / 'metrics.jsonl', 'ab') as f:
         f.write(end)
     assert read_metrics(run) == whole == list(train_events())
-    assert capsys.readouterr().out == f'note: the last line of {run}/metrics.jsonl is incomplete and left out\n'
+    assert not capsys.readouterr().out  # a run that is killed leaves such a line
 
 
-def test_refusals(tmp_path):
+def test_refusals(tmp_path, capsys):
     a, p = write_run(tmp_path / 'a', train_events()), write_run(tmp_path / 'p', preference_events())
     with pytest.raises(Refusal, match='gone/metrics.jsonl cannot be read .*name the folder of a run'):
         plot([a, tmp_path / 'gone'], tmp_path / 'x.png')
@@ -189,9 +189,9 @@ def test_refusals(tmp_path):
         plot([a], tmp_path / 'no/x.png')
     lines = (a / 'metrics.jsonl').read_text().splitlines()
     (a / 'metrics.jsonl').write_text('\n'.join([lines[0], lines[1][:20], lines[2]]))
-    with pytest.raises(Refusal, match='line 2 is no JSON object'):
-        plot([a], tmp_path / 'x.png')
     assert not (tmp_path / 'x.png').exists()
+    plot([a], tmp_path / 'x.png')  # all but that line
+    assert 'metrics.jsonl is damaged in line 2, which is left out' in capsys.readouterr().out
 
 
 def test_a_failed_write_keeps_the_old_picture(tmp_path):

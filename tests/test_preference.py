@@ -393,11 +393,17 @@ def test_teachers_of_three_kinds(tmp_path, monkeypatch):
             new[1, 2:] = torch.tensor([7, ord('!')])
             return torch.cat([input_ids, new], 1)
 
+    missing = set()
     fake = types.SimpleNamespace(
         AutoTokenizer=types.SimpleNamespace(from_pretrained=lambda name, padding_side, truncation_side: Tokenizer()),
-        AutoModelForCausalLM=types.SimpleNamespace(from_pretrained=lambda name: LM()))
+        AutoModelForCausalLM=types.SimpleNamespace(from_pretrained=lambda name, output_loading_info: (
+            LM(), dict(missing_keys=missing))))
     monkeypatch.setitem(sys.modules, 'transformers', fake)
     assert ask('somebody/small') == [[*b'ok!!'], *[[*b'ok', 256]] * 7]
+    missing.add('h.1.ln_1.weight')
+    with pytest.raises(Refusal, match='lacks the weight h.1.ln_1.weight'):
+        ask('somebody/small')
+    missing.clear()
     LM.config.max_position_embeddings = 20
     with pytest.raises(Refusal, match='has a context of 20 tokens, no room'):
         ask('somebody/small')
@@ -420,6 +426,8 @@ def test_teachers_of_three_kinds(tmp_path, monkeypatch):
     (['{"post_id": "stranger", "completion": "x"}'] * 3,
      "; 3 lines are of no prompt of train, for example line 1, 'stranger'. The prompts to complete are written by"),
     (['{"completion": "x"}'], 'line 1: prompt is missing or null'),
+    (['{"prompt_id": "a", "text": "a post", "generated_text": "x"}'], 'it has text and generated_text; keep the one'),
+    (['{"prompt_id": "a", "generated_text": [{"role": "user", "content": "x"}]}'], 'does not end with the assistant'),
     (['{"custom_id": "a", "response": null, "error": "out of memory"}'] * 4,
      r'line 1: its response does not hold one choice; ask again .* \(and 3 more\)'),
     (['{"custom_id": "a", "response": {"body": {"choices": [{"text": "a"}, {"text": "b"}]}}}'], 'hold one choice'),
@@ -473,8 +481,22 @@ def test_completions_as_tools_write_them(tmp_path, shape, capsys):
     picked = pick_groups(run.groups['train'], 0, 0, 12)
     cut = [group._replace(prompt=group.prompt[-9:]) for group in picked]  # as where a block has too little room
     assert [bytes(ids) for ids in teacher.answers(run, cut, 0)] == [f'to {group.id}'.encode() for group in picked]
+    if shape == 'by id':
+        (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps({**row, 'text': 'x', 'prompt': rows[0]['prompt']})
+                                                    for row in rows))
+        with pytest.raises(Refusal, match='line 2: its id and its prompt are of two prompts of train'):
+            teachers.open_teacher(replace(run.cfg, teacher=str(tmp_path / 'b.jsonl')), run.encoding, run.groups['train'])
     with pytest.raises(Refusal, match='p.jsonl exists; name another file'):
         teachers.main(teachers.Config(dataset='small', encoding='bytes', prompts=str(tmp_path / 'p.jsonl')))
+
+
+def test_prompts_of_one_post_have_ids_of_their_own(tmp_path):
+    """A post_id that stands for two prompts joins nothing; each prompt has one that does."""
+    run, _ = a_run(tmp_path, 'distill')
+    groups = run.groups['train']
+    shared = groups._replace(ids=np.array(['post'] * len(groups.ids)))
+    prompts, of_id = teachers.prompts_of(shared, run.encoding)
+    assert 'post' not in of_id and set(of_id.values()) == set(prompts) and len(of_id) == len(set(prompts))
 
 
 def test_an_iteration_teaches(tmp_path):
@@ -503,6 +525,8 @@ def test_an_iteration_teaches(tmp_path):
     one = tmp_path / 'one.jsonl'
     one.write_text(''.join(line for line in path.read_text().splitlines(True) if '"generator": "self-0"' in line))
     assert ask(one) == [[*b'fine', 256]] * len(picked)
+    one.write_text(one.read_text().replace('"fine"', '""'))  # answers that end at once
+    assert ask(one) == [[256]] * len(picked)
 
 
 # PPO ----------------------------------------------------------------------------------------------------------------

@@ -348,7 +348,7 @@ BAD = {
     'human_ref_A holds a NUL or half a surrogate pair': row(human_ref_A='\ud800'),
     'human_ref_A is longer than 262144 characters': row(human_ref_A='x' * 30_000_000),
     'responses is not a list of two or more': dict(prompt='q', responses=['a']),
-    'scores do not fall from the first response to the last': dict(prompt='q', responses=['a', 'b'], scores=[1, 1]),
+    'scores rise from one response to the next': dict(prompt='q', responses=['a', 'b'], scores=[1, 2]),
     'scores is not a list as long as responses': dict(prompt='q', responses=['a', 'b'], scores=[2]),
     'prompt is missing or null': dict(chosen='a', rejected='b'),
     'not a JSON object': [1, 2],

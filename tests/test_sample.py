@@ -56,9 +56,10 @@ def test_a_long_post_leaves_room(capsys, run):
 
 def test_prompt_files(capsys, run, tmp_path):
     file = tmp_path / 'posts.txt'
-    file.write_text('One?\n\nTwo?\n')
+    file.write_text('\ufeffOne?\n\nTwo\u2028?\n')
     out = said(capsys, run, prompt='', prompt_file=str(file))
-    assert 'One?\nA:\n' in out and 'Two?\nA:\n' in out
+    assert '\nOne?\nA:\n' in '\n' + out and '\ufeff' not in out and 'One?\nA:\n' in out and '?\nA:\n' in out
+    assert len(sample.read_prompts(sample.Config(prompt_file=str(file)))) == 2
     for content, sentence in ((b'\n \n', 'holds no post'), (b'\xff\xfe', 'cannot read')):
         file.write_bytes(content)
         with pytest.raises(Refusal, match=sentence):

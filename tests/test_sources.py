@@ -115,6 +115,8 @@ def test_the_text_to_learn_is_the_best_answer():
 
 BAD = {
     'prompt is missing or null': dict(chosen='yes', rejected='no'),
+    'prompt is null': dict(prompt=None, chosen='I think yes', rejected='I think no'),
+    'scores rise from one response': dict(prompt='Hi?', responses=['a', 'b'], scores=[1, 2]),
     'it has no prompt, and a column that may be it': dict(question='Hi?', chosen='I think yes', rejected='I think no'),
     'a response is not text': dict(prompt='Hi?', chosen=[dict(role='assistant', content=None)], rejected=NO),
     'chosen or rejected does not begin with the assistant': dict(
@@ -125,9 +127,9 @@ BAD = {
     'score_rejected is not a finite number': dict(prompt='Hi?', chosen='a', rejected='b', score_chosen=1),
     'its answers are not a list of two or more': dict(instruction='Hi?', completions=[]),
     'an answer is no object with a text and a score or rank': dict(prompt='Hi?', answers=['a', 'b']),
-    "no column score or overall_score or fine-grained_score or rank in all its answers, whose first has 'answer', 'mo":
+    'no column score or overall_score or fine-grained_score or rank in all its answers':
         dict(prompt='Hi?', answers=[dict(answer='a', model='m', rank=1), dict(answer='b', model='m')]),
-    "no column answer or response in all its answers, whose first has 'text'": dict(
+    'no column answer or response in all its answers': dict(
         prompt='Hi?', answers=[dict(text='a', rank=1), dict(text='b', rank=2)]),
     'rank is not a finite number': dict(prompt='Hi?', answers=[dict(answer='a', rank='1'), dict(answer='b', rank=2)]),
     'scores is not a list as long as responses': dict(prompt='Hi?', responses=['a', 'b'], scores=dict(a=1)),
@@ -143,6 +145,40 @@ def test_what_does_not_fit_is_refused_with_the_columns_seen(reason):
         local([BAD[reason]])
     assert 'the columns of line 1: ' + ', '.join(map(repr, BAD[reason])) in str(refusal.value)
     assert '--columns=' in str(refusal.value) and '1 of 1 rows' in str(refusal.value)
+    if 'answers' in BAD[reason] and isinstance(BAD[reason]['answers'][0], dict):
+        assert "; of its first answer: " + ', '.join(map(repr, BAD[reason]['answers'][0])) in str(refusal.value)
+
+
+@pytest.mark.parametrize('columns, row, lost', [
+    (dict(score='fine_grained_score'), dict(prompt='q', answers=[
+        {'answer': a, 'overall_score': s, 'fine-grained_score': -s} for a, s in (('a', 1), ('b', 2))]),
+     'fine_grained_score in all its answers'),
+    (dict(prompt='promt'), dict(chosen='I say yes', rejected='I say no'), 'no column promt'),
+    (dict(prompt='question'), dict(instruction='be kind', completions=[]), 'no column question'),
+    (dict(scores='rating'), dict(prompt='q', responses=['a', 'b']), 'no column rating'),
+    (dict(score_chosen='sC'), dict(prompt='q', chosen='a', rejected='b'), 'no column sC')])
+def test_a_mapped_column_that_is_not_there_is_no_other(columns, row, lost):
+    with pytest.raises(ValueError, match=lost):
+        sources.shp_rows(row, 'f:1', columns)
+
+
+def test_a_mapped_rank_counts_before_a_score_that_is_there():
+    answers = [dict(answer='worse', score=9, place=2), dict(answer='better', score=1, place=1)]
+    (pair,) = sources.shp_rows(dict(prompt='q', answers=answers), 'f:1', dict(rank='place'))
+    assert sources.pair_of(pair)[0].text == 'better'
+
+
+def test_ties_within_scores_are_no_preference():
+    rows = sources.shp_rows(dict(prompt='q', responses=['a', 'b', 'c'], scores=[9, 5, 5]), 'f:1')
+    assert [[comment.text for comment in sources.pair_of(row)] for row in rows] == [['a', 'b'], ['a', 'c']]
+
+
+def test_prompts_that_are_rendered_alike_stay_on_one_side():
+    lines = [dict(prompt=f'p{i}{blank}', chosen=f'yes{blank}!', rejected='no') for i in range(40) for blank in ('', ' ')]
+    meta, _ = local(lines)
+    of_split = {split: {prompt for prompt, *_ in ranked_texts(local(lines)[1].groups(split))}
+                for split in ('train', 'val', 'test')}
+    assert sum(map(len, of_split.values())) == len(set.union(*of_split.values())) == 40
 
 
 def test_options():
@@ -153,6 +189,8 @@ def test_options():
         assert 'names no dataset of the Hub' in list(Config(source=name, dataset='d').check())[0]
     for pair in ('prompt', 'prompt:', 'promt:x', ':x'):
         assert 'is not OURS:THEIRS' in list(Config(columns=(pair,)).check())[0]
+    assert 'maps a split, which datasets of the Hub have; name the file train.jsonl' in list(
+        Config(source='rows.jsonl', dataset='d', columns=('train:x',)).check())[0]
     assert '--dataset=NAME' in list(Config(source='hf:a/b').check())[0]
 
 
