@@ -205,11 +205,12 @@ def setup(device='auto', dtype='auto', compile=False):
         dtype, why = torch.bfloat16, 'this GPU has it'
     else:
         dtype, why = torch.float32, f'the exact choice on {kind}'
-    compile = kind == 'cuda' if compile is None else compile
+    compile, why_compile = (kind == 'cuda', 'it pays on CUDA') if compile is None else (
+        compile, 'as asked' if compile else 'not asked for')
     machine = Machine(rank, world_size, device, dtype, compile)
     ranks = f' x {world_size} ranks' if world_size > 1 else ''
     machine.print(f'device {device}{ranks}, dtype {str(dtype)[6:]} ({why}), '
-                  f'compile {"on" if compile else "off"}, torch {torch.__version__}')
+                  f'compile {"on" if compile else "off"} ({why_compile}), torch {torch.__version__}')
     return machine
 
 
