@@ -1,6 +1,8 @@
 """Whatever is parsed may come from anywhere: the answer is a result or a sentence, and never anything else.
 
     python -m pytest tests/test_fuzz.py --hypothesis-profile=long       # 20,000 inputs a test in place of 100
+
+Those that write a dataset, draw a picture or train take a fifth of that.
 """
 import hashlib
 import json
@@ -31,6 +33,7 @@ from prepare_shp import END_OF_TEXT, Config, encoding, open_dataset, prepare, re
 from toy_shp import toy_rows
 
 folder = test_preference.folder
+FEWER = settings(max_examples=settings.default.max_examples // 5)
 ENCODING = encoding('bytes')
 # what people's data hold: odd Unicode, special tokens, markup, escapes of terminals, half characters, blanks
 NASTY = st.sampled_from(['', ' ', '\n', '\0', END_OF_TEXT, prepare_shp.SEPARATOR, '\nA:', '\u202e', '\ufeff', '\ud800',
@@ -111,6 +114,7 @@ def test_a_line_becomes_rows_or_a_reason(line, columns):
             assert text.strip() and '\0' not in text and text.encode()
 
 
+@FEWER
 @given(st.lists(LINES, max_size=8), MUTATIONS)
 def test_a_dataset_says_what_its_rows_say_and_nothing_else(lines, rng):
     """Among sound rows; every document ends its only end-of-text, and its text is that of a row."""
@@ -222,6 +226,7 @@ def test_completions_from_anywhere(lines):
         assert 0 < len(ids) <= 20 and ENCODING.eot_token not in ids[:-1]
 
 
+@FEWER
 @given(st.lists(st.one_of(JSON.map(lambda x: json.dumps(x).encode()), st.binary(max_size=20), JSON.map(
         lambda x: json.dumps(x, ensure_ascii=False).encode('utf-8', 'surrogatepass')), st.builds(
     lambda event, step: json.dumps(dict(event=event, step=step)).encode(), st.sampled_from(['train', 'eval']),
@@ -290,6 +295,7 @@ THINGS = st.one_of(JSON, st.builds(lambda shape, dtype: torch.ones(shape, dtype=
     st.integers(0, 3), max_size=3), st.sampled_from([torch.float32, torch.int64, torch.bool, torch.bfloat16])))
 
 
+@FEWER
 @given(MUTATIONS, THINGS)
 def test_a_changed_checkpoint_is_used_or_refused(rng, junk):
     """Sound archives with one thing changed anywhere: as a start, as a run to go on with, and as one that talks."""
@@ -308,7 +314,7 @@ def test_a_changed_checkpoint_is_used_or_refused(rng, junk):
         assert str(refusal)
 
 
-@settings(max_examples=settings.default.max_examples // 5)
+@FEWER
 @given(MUTATIONS, THINGS)
 def test_a_changed_checkpoint_of_a_preference_run_goes_on_or_is_refused(rng, junk):
     shutil.rmtree('fuzzed_reward', ignore_errors=True)
