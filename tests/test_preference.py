@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def work(folder, monkeypatch):
 
 
 def config(out_dir, method='dpo', **changes):
-    return preference.Config(out_dir=str(out_dir), method=method, **{**SMALL, **METHODS[method], **changes})
+    return preference.Config(out_dir=str(out_dir), method=method, **{**SMALL, **METHODS.get(method, {}), **changes})
 
 
 def metrics(out_dir, event):
@@ -527,6 +528,26 @@ def test_an_iteration_teaches(tmp_path):
     assert ask(one) == [[*b'fine', 256]] * len(picked)
     one.write_text(one.read_text().replace('"fine"', '""'))  # answers that end at once
     assert ask(one) == [[256]] * len(picked)
+
+
+def test_the_method_in_the_readme(tmp_path, monkeypatch):
+    """Its code as it stands: log 2 at first, and dpo's run where no ranking has a third answer."""
+    text = (ROOT / 'README.md').read_text()
+    code = re.search(r'```python\n(def collect_extremes.*?)```', text, re.DOTALL)[1]
+    monkeypatch.setattr(preference, 'METHODS', dict(preference.METHODS))
+    exec(code, vars(preference))
+    monkeypatch.delitem(vars(preference), 'collect_extremes')
+    preference.main(config(tmp_path / 'all', 'extremes', iterations=1, sft_weight=0.0))
+    first = metrics(tmp_path / 'all', 'train')[0]
+    assert first['loss'] == pytest.approx(math.log(2), abs=1e-5) and first['chance_loss'] == pytest.approx(math.log(2))
+
+    groups, pick = {}, prepare_shp.pick_groups
+    monkeypatch.setattr(preference, 'pick_groups', lambda *args: [
+        group._replace(answers=group.answers[:2]) for group in pick(*args)])
+    for method in ('extremes', 'dpo'):
+        preference.main(config(tmp_path / method, method, iterations=1, max_answers=0))
+        groups[method] = [{k: v for k, v in line.items() if k != 'method'} for line in metrics(tmp_path / method, 'train')]
+    assert groups['extremes'] == groups['dpo']
 
 
 # PPO ----------------------------------------------------------------------------------------------------------------
