@@ -16,6 +16,7 @@ import inspect
 import io
 import math
 import os
+import re
 import runpy
 import shlex
 import sys
@@ -30,6 +31,7 @@ from types import ModuleType, NoneType
 from typing import get_args, get_origin, get_type_hints
 
 
+HERE = Path(__file__).parent
 LINE_SECONDS = 30  # between two lines about one long loop
 
 
@@ -76,16 +78,16 @@ def configure(Config, argv=None):
                 errors.append(f'--{key} needs a value: write --{key}={"True" if kinds[key] is bool else "VALUE"}')
         elif 'runs' in kinds and not arg.endswith('.py'):
             values['runs'], sources['runs'] = values.get('runs', ()) + (arg,), 'command line'
-        elif not Path(arg).is_file():
+        elif not (path := config_path(arg)):
             flag = arg.startswith('-') or '=' in arg
             errors.append(f'there is no config file {arg!r}, ' + (
                 'and a flag is written --key=value' if flag else suggest(arg, config_files(), 0.5)))
         else:
             try:
-                assigned = runpy.run_path(arg)
+                assigned = runpy.run_path(path)
             except (Exception, SystemExit) as error:
                 assigned = {}
-                errors.append(failure(arg, error))
+                errors.append(failure(path, error))
             for key, value in assigned.items():
                 if not key.startswith('_') and not isinstance(value, ModuleType):
                     assign(key, value, from_value, arg)
@@ -123,7 +125,13 @@ def run(main, Config):
         place = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(f'{prefix}: {error} ({Path(place.filename).name}, line {place.lineno})')
     except KeyboardInterrupt:
+        print('interrupted before anything was to be saved', file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search('allocate memory|out of memory', str(error)):
+            raise
+        sys.exit(f'{prefix}: there is not enough memory; use a smaller model, block or micro-batch, or fewer threads '
+                 f'({str(error).strip()[:200]})')
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
         sys.exit(1)
@@ -226,8 +234,14 @@ def suggest(word, known, cutoff=0.6):
     return f'did you mean {" or ".join(near)}?' if near else '--help lists them all'
 
 
+def config_path(arg):
+    """The config file that an argument names, from here or else from beside the scripts; None where there is none."""
+    return next((str(path) for path in (Path(arg), HERE / arg) if path.is_file()), None)
+
+
 def config_files():
-    return [str(path) for path in sorted(Path('config').glob('*.py'))]
+    where = Path() if Path('config').is_dir() else HERE
+    return sorted(f'config/{path.name}' for path in (where / 'config').glob('*.py'))
 
 
 def failure(path, error):
@@ -268,7 +282,7 @@ def help_text(Config):
         text = ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
         options.append((f'--{key}={shlex.quote(text)}', type_name(kind), notes.get(key, '')))
     for path in config_files():
-        lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
+        lines = Path(config_path(path)).read_text(encoding='utf-8', errors='replace').splitlines()
         files.append((path, next((line.strip('# ') for line in lines if line.startswith('# ')), '')))
     return '\n'.join([inspect.getdoc(sys.modules[Config.__module__]) or '', '',
                       'Arguments are config files and --key=value flags, the later wins. Options and their defaults:',

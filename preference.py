@@ -413,6 +413,7 @@ def main(cfg):
                       f'use --groups_per_step={machine.world_size} or more')
     machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where it is missing
     data = prepare_shp.open_dataset(cfg)
+    cfg = replace(cfg, source=data.meta['source'], columns=tuple(data.meta['columns']))  # what a run need not name
     encoding, out = prepare_shp.encoding(data.meta['encoding']), Path(cfg.out_dir)
     resuming = cfg.resume and checkpoints(out)
     start = load_start(cfg, resuming, encoding)
@@ -427,6 +428,10 @@ def main(cfg):
         raise Refusal(f'max_new_tokens={cfg.max_new_tokens} leave no room for a prompt in the block of '
                       f'{run.block_size} tokens of {cfg.init_from}; use fewer')
     held_out(run)  # what is too little is refused here, before an earlier run is overwritten
+    room, lengths = run.block_size - cfg.max_new_tokens, groups['train'].prompt_lengths()
+    if long := int((lengths > room).sum()):
+        machine.print(f'note: {long:,} of {len(lengths):,} prompts lose their beginning, for the block of {run.block_size} '
+                      f'tokens has {room} of them beside max_new_tokens')
     per_iteration = steps_per_iteration(run)
     cfg = run.cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * per_iteration))
 

@@ -343,6 +343,9 @@ class Groups(NamedTuple):
     def piece(self, p):
         return self.tokens[self.offsets[p]:self.offsets[p + 1]]
 
+    def prompt_lengths(self):
+        return np.diff(self.offsets)[self.prompts]
+
 
 class Dataset(NamedTuple):
     folder: Path
@@ -384,8 +387,10 @@ def open_dataset(cfg):
                 raise
     try:
         meta = json.loads((folder / 'meta.json').read_bytes())
-        made = meta['options'] | dict(version=meta['version'], source=meta['source'])
-        wanted |= dict(version=VERSION, source='toy' if cfg.source == 'toy' else made['source'])
+        made = meta['options'] | dict(version=meta['version'], source=meta['source'], columns=meta['columns'])
+        named = cfg.source != 'hub' and not _same_source(cfg.source, made['source'])  # a run need not name it
+        wanted |= dict(version=VERSION, source=cfg.source if named else made['source'],
+                       columns=list(cfg.columns) or made['columns'])
         if not cfg.encoding and cfg.source != 'toy':
             wanted['encoding'] = made['encoding']
         differ = [f'{name}={made[name]} (asked for: {value})' for name, value in wanted.items() if made[name] != value]
@@ -405,6 +410,11 @@ def open_dataset(cfg):
     except Exception as error:  # json, zipfile, zlib and numpy have a dozen kinds for what damaged bytes can do
         raise Refusal(f'{folder} is damaged: {error}; make it anew: {again} --overwrite=True')
     return dataset
+
+
+def _same_source(a, b):
+    """Whether two values of `source` name the same: paths by the places they lead to."""
+    return a == b or [os.path.abspath(path) for path in a.split(',')] == [os.path.abspath(path) for path in b.split(',')]
 
 
 def _check(documents, groups, split, vocab_size):

@@ -265,6 +265,14 @@ def _sources(cfg):
                                for path in folder.glob(where + split + pattern)) for split in SPLITS.values()}
         if not files['train']:
             raise Refusal(f'{cfg.source} has neither train.json[l] nor <domain>/train.json[l]')
+        both = [path for paths in files.values() for path in paths if path + 'l' in paths]
+        if both:
+            raise Refusal(f'{both[0]} and {both[0]}l would count twice; remove one of them')
+        others = {str(path) for pattern in ('*.json', '*.jsonl', '*/*.json', '*/*.jsonl')
+                  for path in folder.glob(pattern)} - {path for paths in files.values() for path in paths}
+        if others:
+            print(f'note: not read, for only {", ".join(files)}.json[l] are: {", ".join(sorted(others)[:5])}'
+                  + ', ...' * (len(others) > 5))
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for paths in files.values() for path in paths])
     return {split: [Source(path, os.path.relpath(path, root), _lines(path)) for path in paths]
             for split, paths in files.items() if paths}
@@ -395,7 +403,8 @@ def records_of(cfg):
             raise Refusal(f'{cfg.source} has {len(prompts)} prompts, too few to hold some out; give it more, or a '
                           'folder with train.jsonl, validation.jsonl and test.jsonl')
     if 0 < cfg.max_rows < len(train):
-        counts['train']['beyond max_rows'] = len(train) - cfg.max_rows
+        beyond = len(train) - cfg.max_rows
+        counts['train'] += Counter({'beyond max_rows': beyond, 'kept': -beyond})
         train = train[:cfg.max_rows]
     if cfg.split == 'row':
         order, cut = np.random.default_rng(SPLIT_SEED).permutation(len(train)), round(ROW_TRAIN * len(train))

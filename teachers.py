@@ -7,6 +7,7 @@ encoding, closed by end-of-text where it ended.
 """
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from train import write_whole
 
 # in a line of completions, the first there is: whose prompt's it is, where train knows it, and what was said
 IDS = 'custom_id', 'prompt_id', 'post_id', 'id'
-COMPLETIONS = 'completion', 'text', 'generated_text'
+COMPLETIONS = 'completion', 'response', 'text', 'generated_text'
 CUT_OFF = 'length', 'abort', 'content_filter'  # as a finish_reason
 
 
@@ -132,6 +133,9 @@ class WrittenTeacher(nn.Module):
             reasons = '; '.join(f'line {lines[0]}: {what}' + f' (and {len(lines) - 1} more)' * (len(lines) > 1)
                                 for what, lines in problems.items())
             raise Refusal(f'{self.path} does not hold lines of {{"prompt" or "prompt_id", "completion"}}: {reasons}')
+        cut = sum(len(ids) == cfg.max_new_tokens and ids[-1] != encoding.eot_token for ids in self.completions.values())
+        if cut and os.environ.get('RANK', '0') == '0':
+            print(f'note: {cut} of {len(self.completions)} completions do not end within max_new_tokens={cfg.max_new_tokens}')
         complaints, missing = [], [i for i, prompt in enumerate(self.prompts) if prompt not in self.completions]
         if missing:
             id, prompt = groups.ids[missing[0]], self.prompts[missing[0]].removesuffix(SEPARATOR)
@@ -151,7 +155,10 @@ class WrittenTeacher(nn.Module):
     def prompt_of(self, row):
         """-> the rendered prompt that a line is about, by an id that train knows or else by its text; and its name."""
         ids = [row[key] for key in IDS if isinstance(row.get(key), str)]
-        id = next((id for id in ids if id in self.of_id), None)
+        known = {self.of_id[id]: id for id in reversed(ids) if id in self.of_id}
+        if len(known) > 1:
+            raise ValueError('its ids are of two prompts of train')
+        id = next(iter(known.values()), None)
         text = said(row.get('prompt'))
         if text is None and ids:
             return self.of_id.get(id), id or ids[0]
@@ -168,7 +175,7 @@ class WrittenTeacher(nn.Module):
 
 def completion_of(row):
     """A line of completions -> its text, and whether it ended. ValueError: the reason why there is none."""
-    if row.get('response') is not None or row.get('error') is not None:
+    if not isinstance(row.get('response'), str | None) or row.get('error') is not None:  # of a batch of requests
         try:
             (row,) = row['response']['body']['choices']
             row = dict(row, text=row['message']['content']) if 'message' in row else row

@@ -68,13 +68,15 @@ class RunConfig(prepare_shp.Config):
     tensorboard: bool = False     # write them to out_dir/tensorboard too; pip install tensorboard
     stop_step: int = 0            # end after this step, the schedule unchanged; 0 = at its end
     learning_rate: float = 1e-3   # after warm-up
-    min_lr: float = 1e-4          # at the cosine's end; equal to learning_rate = constant
+    min_lr: float = 1e-4          # at the cosine's end; learning_rate or more = constant
     warmup_iters: int = 100       # steps of linear warm-up
     weight_decay: float = 0.1     # AdamW's, on matrices only
     grad_clip: float = 1.0        # largest norm of the gradient; 0 = any
 
     def check(self):
         yield from super().check()
+        if not self.out_dir.strip():
+            yield 'out_dir is empty; name a folder for the run'
         if self.device not in DEVICES:
             yield f"device='{self.device}' is not one of {', '.join(DEVICES)}"
         if self.dtype not in DTYPES:
@@ -119,6 +121,7 @@ class Config(RunConfig):
                             'probe_interval')
         yield from at_most(self, 1000, 'taylor_order')
         yield from at_most(self, 10 ** 9, 'max_iters')
+        yield from at_most(self, 10 ** 6, 'batch_size')
         if self.dropout >= 1:
             yield f'dropout={self.dropout} drops everything; it is a probability below 1'
         yield from at_most(self, 1, 'skip_below')
@@ -522,11 +525,12 @@ def write_whole(path, text):
 
 
 def lr_at(step, cfg):
-    """Linear warm-up to learning_rate, then a cosine to min_lr at max_iters (Loshchilov & Hutter 2017)."""
+    """Linear warm-up to learning_rate, then a cosine to min_lr, if that is lower (Loshchilov & Hutter 2017)."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
     done = min((step - cfg.warmup_iters) / max(cfg.max_iters - cfg.warmup_iters, 1), 1.0)
-    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * done)) / 2
+    lowest = min(cfg.min_lr, cfg.learning_rate)
+    return lowest + (cfg.learning_rate - lowest) * (1 + math.cos(math.pi * done)) / 2
 
 
 class Updates:
@@ -679,6 +683,7 @@ def main(cfg):
                       f'use --batch_size={machine.world_size} or more')
     machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where it is missing
     data = prepare_shp.open_dataset(cfg)
+    cfg = replace(cfg, source=data.meta['source'], columns=tuple(data.meta['columns']))  # what a run need not name
     documents, held_out = data.documents('train'), data.documents(cfg.eval_split)
     # what is too short is refused here, before an earlier run is overwritten
     prepare_shp.lm_batch(documents, cfg.cut, cfg.block_size, cfg.seed, 0, 1)
@@ -744,6 +749,9 @@ def main(cfg):
                     metrics.write('eval', step=step, tokens=tokens, seconds=time.perf_counter() - start, **result)
                     machine.print(f'step {step} evaluation: ' + ', '.join(f'{k} {v:.4f}' for k, v in result.items()) +
                                   (f' (log V = {math.log(model_config.vocab_size):.4f})' if step == 0 else ''))
+                    if not math.isfinite(result['val_ce']):
+                        machine.print(f'warning: this model is no more, {"best.pt" if best < math.inf else "no checkpoint"} '
+                                      'is from before; try a smaller learning_rate')
                     if result['val_ce'] < best:
                         best = result['val_ce']
                         machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, dict(weights(), val_ce=best), 'best.pt'))

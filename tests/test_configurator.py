@@ -55,6 +55,8 @@ def main(cfg):
     if cfg.then == 'decode': b'\\xff'.decode()
     if cfg.then == 'bug': {}['missing']
     if cfg.then == 'interrupt': raise KeyboardInterrupt
+    if cfg.then == 'memory': raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 12000000000000 bytes")
+    if cfg.then == 'runtime': raise RuntimeError('another one')
     if cfg.then == 'flood':
         for i in range(100_000): print('many lines')
     print(json.dumps(asdict(cfg)))
@@ -363,10 +365,13 @@ def test_ends(folder):
     assert value.returncode == 1
     assert value.stderr == f'error: 8 does not divide by 3; pick a multiple (script.py, line {line})\n'
     interrupt = command(folder, '--then=interrupt')
-    assert (interrupt.returncode, interrupt.stderr) == (130, '')
+    assert (interrupt.returncode, interrupt.stderr) == (130, 'interrupted before anything was to be saved\n')
+    memory = command(folder, '--then=memory')
+    assert memory.returncode == 1 and memory.stderr.startswith('error: there is not enough memory; use a smaller model')
 
 
-@pytest.mark.parametrize('then, name', [('bug', "KeyError: 'missing'"), ('decode', 'UnicodeDecodeError')])
+@pytest.mark.parametrize('then, name', [('bug', "KeyError: 'missing'"), ('decode', 'UnicodeDecodeError'),
+                                        ('runtime', 'another one')])
 def test_a_bug_keeps_its_traceback(folder, then, name):
     result = command(folder, f'--then={then}')
     assert result.returncode == 1 and 'Traceback' in result.stderr and name in result.stderr

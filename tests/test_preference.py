@@ -428,6 +428,7 @@ def test_teachers_of_three_kinds(tmp_path, monkeypatch):
      "; 3 lines are of no prompt of train, for example line 1, 'stranger'. The prompts to complete are written by"),
     (['{"completion": "x"}'], 'line 1: prompt is missing or null'),
     (['{"prompt_id": "a", "text": "a post", "generated_text": "x"}'], 'it has text and generated_text; keep the one'),
+    (['{"prompt_id": "a", "response": ["x"]}'], 'its response does not hold one choice'),
     (['{"prompt_id": "a", "generated_text": [{"role": "user", "content": "x"}]}'], 'does not end with the assistant'),
     (['{"custom_id": "a", "response": null, "error": "out of memory"}'] * 4,
      r'line 1: its response does not hold one choice; ask again .* \(and 3 more\)'),
@@ -457,6 +458,7 @@ def shapes(prompt, id, answer):
         'vLLM': dict(prompt=prompt, text=answer, **cut),
         'by id': dict(prompt_id=id, text=answer, **cut),
         'by post': dict(post_id=id, completion=answer, **cut),
+        'a response': dict(prompt_id=id, response=answer, **cut),
         'an id of its own': dict(id='cmpl-1', prompt=prompt, text=answer, **cut),
         'pipeline': dict(prompt=prompt, generated_text=prompt + answer, **cut),
         'pipeline, by id': dict(id=id, generated_text=prompt + answer, **cut),
@@ -486,6 +488,10 @@ def test_completions_as_tools_write_them(tmp_path, shape, capsys):
         (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps({**row, 'text': 'x', 'prompt': rows[0]['prompt']})
                                                     for row in rows))
         with pytest.raises(Refusal, match='line 2: its id and its prompt are of two prompts of train'):
+            teachers.open_teacher(replace(run.cfg, teacher=str(tmp_path / 'b.jsonl')), run.encoding, run.groups['train'])
+        (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps({**row, 'text': 'x', 'post_id': rows[0]['prompt_id']})
+                                                    for row in rows))
+        with pytest.raises(Refusal, match='line 2: its ids are of two prompts of train'):
             teachers.open_teacher(replace(run.cfg, teacher=str(tmp_path / 'b.jsonl')), run.encoding, run.groups['train'])
     with pytest.raises(Refusal, match='p.jsonl exists; name another file'):
         teachers.main(teachers.Config(dataset='small', encoding='bytes', prompts=str(tmp_path / 'p.jsonl')))

@@ -182,6 +182,24 @@ def test_shp_layout():
             {r['post_id'] for r in rows[theirs]})
 
 
+def test_files_of_a_folder_that_are_not_read_are_told(capsys):
+    rows = shp_folder()
+    for name in ('train', 'val', 'extra'):
+        write(f'mixed/{name}.jsonl', rows['train'])
+    prepare(Config(dataset='d', source='mixed', encoding='bytes'))
+    assert 'note: not read, for only train, validation, test.json[l] are: mixed/extra.jsonl, mixed/val.jsonl\n' in (
+        capsys.readouterr().out)
+    write('mixed/train.json', rows['train'])
+    with pytest.raises(Refusal, match='mixed/train.json and mixed/train.jsonl would count twice; remove one of them'):
+        prepare(Config(dataset='e', source='mixed', encoding='bytes'))
+
+
+def test_rows_beyond_max_rows_are_not_kept():
+    meta, _ = local([row(post_id=f'{i}', history=f'{i}') for i in range(30)], max_rows=20)
+    count = meta['rows']['train']
+    assert meta['splits']['train']['rows'] == 20 and count['kept'] + count['beyond max_rows'] == count['read'] == 30
+
+
 def test_flat_folder_equals_layout_and_is_deterministic():
     rows = shp_folder()
     for split, some in rows.items():

@@ -303,6 +303,7 @@ def test_lr_schedule():
     assert lr[60] == pytest.approx(0.55) and lr[110] == lr[119] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(lr[10:], lr[11:]))
     assert train.lr_at(50, replace(cfg, min_lr=1.0)) == 1.0
+    assert {train.lr_at(step, replace(cfg, min_lr=2.0)) for step in range(10, 100)} == {1.0}  # it never rises
 
 
 @torch.no_grad()
@@ -414,6 +415,27 @@ def test_metrics_elsewhere(tmp_path, monkeypatch):
     assert [p for p in shown if len(p) == 2] == [(str(tmp_path / 'run' / 'tensorboard'), step + 1) for step in (0, 6)]
     lines = metrics(tmp_path / 'run', 'eval')
     assert [p for p in shown if p[0] == 'eval/val_ce'] == [('eval/val_ce', line['val_ce'], line['step']) for line in lines]
+
+
+def test_a_run_names_its_data_truly(tmp_path):
+    """As they were made, whether or not the command says it; another source is refused."""
+    for n, source in enumerate(('hub', 'rows', str(Path('rows').resolve()))):  # hub is the default: not named
+        train.main(config(tmp_path / f'{n}', source=source, max_iters=1))
+        assert json.loads((tmp_path / f'{n}' / 'config.json').read_text())['source'] == 'rows'
+    with pytest.raises(Refusal, match=r'data/small was made with source=rows .asked for: elsewhere'):
+        train.main(config(tmp_path / 'x', source='elsewhere'))
+    with pytest.raises(Refusal, match=r'columns=\[\] .asked for: ..prompt:question'):
+        train.main(config(tmp_path / 'x', columns=('prompt:question',)))
+
+
+def test_a_model_that_is_no_more_is_told(tmp_path, capsys):
+    train.main(config(tmp_path / 'run', learning_rate=1e30, min_lr=1e30, warmup_iters=0, max_iters=3))
+    assert 'warning: this model is no more, best.pt is from before' in capsys.readouterr().out
+
+
+def test_absurd_options_are_refused(tmp_path):
+    said = list(config('', batch_size=10 ** 9).check())
+    assert any('out_dir is empty' in line for line in said) and any('batch_size' in line for line in said)
 
 
 def test_what_is_not_installed_is_told_before_all_else(tmp_path, monkeypatch):

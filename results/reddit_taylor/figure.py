@@ -17,10 +17,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 import plot  # noqa: E402
 
-PANELS = [('row', 'split by row: a fixed sample, moving average 0.99', {'probe_ce': '-'}),
-          ('row', 'split by row: texts seen in training (dotted) and new ones', {'val_ce_leaked': ':', 'val_ce_clean': '-'}),
-          ('post', 'split by post: a fixed sample, moving average 0.99', {'probe_ce': '-'}),
-          ('post', 'split by post: all texts, p and link (dashed)', {'val_ce': '-', 'val_ce_link': '--'})]
+PANELS = [('row', 'By row: a fixed sample, smoothed', {'probe_ce': '-'}, (0, 8)),
+          ('row', 'By row: texts seen in training (dotted), new ones', {'val_ce_leaked': ':', 'val_ce_clean': '-'}, (0, 8)),
+          ('post', 'By post: a fixed sample, smoothed', {'probe_ce': '-'}, (5, 9)),
+          ('post', 'By post: all texts, p and link (dashed)', {'val_ce': '-', 'val_ce_link': '--'}, (6, 10))]
 
 
 def read():
@@ -92,7 +92,7 @@ def table(runs):
 def picture(runs, path):
     with matplotlib.rc_context(plot.STYLE):
         figure = Figure(figsize=(10, 7), dpi=150, layout='constrained')
-        for ax, (split, title, metrics) in zip(figure.subplots(2, 2).flatten(), PANELS):
+        for ax, (split, title, metrics, limits) in zip(figure.subplots(2, 2).flatten(), PANELS):
             for (s, n), seeds in sorted(runs.items()):
                 if s != split:
                     continue
@@ -101,11 +101,11 @@ def picture(runs, path):
                         x, y = zip(*plot.series(epochs(events), 'epoch', metric))
                         label = f'$T_{n}$' if i == 0 and line == '-' else None
                         if metric == 'probe_ce':
-                            ax.plot(x, y, color=plot.COLOURS[n], linewidth=0.4, alpha=0.15)
+                            ax.plot(x, y, color=plot.COLOURS[n], linewidth=0.5, alpha=0.25)
                             y = plot.moving_average(y, plot.SMOOTHING)
                         ax.plot(x, y, line, color=plot.COLOURS[n], linewidth=1.4, alpha=0.8, label=label)
-            ax.set(title=title, xlabel='epoch', ylabel='nats per token', ylim=(0, 8))
-            ax.legend()
+            ax.set(title=title, xlabel='epoch', ylabel='nats per token', ylim=limits)
+            ax.legend(loc='lower left')
         figure.savefig(path)
 
 
