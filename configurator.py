@@ -236,7 +236,7 @@ def suggest(word, known, cutoff=0.6):
 
 def config_path(arg):
     """The config file that an argument names, from here or else from beside the scripts; None where there is none."""
-    return next((str(path) for path in (Path(arg), HERE / arg) if path.is_file()), None)
+    return next((path for path in (arg, os.path.join(HERE, arg)) if os.path.isfile(path)), None)
 
 
 def config_files():

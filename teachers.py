@@ -178,7 +178,7 @@ def completion_of(row):
     if not isinstance(row.get('response'), str | None) or row.get('error') is not None:  # of a batch of requests
         try:
             (row,) = row['response']['body']['choices']
-            row = dict(row, text=row['message']['content']) if 'message' in row else row
+            row = dict(row, text=row['message']['content']) if 'message' in row else dict(row)
         except (KeyError, TypeError, ValueError):
             raise ValueError('its response does not hold one choice; ask again where the request failed') from None
     found = [key for key in COMPLETIONS if row.get(key) is not None]

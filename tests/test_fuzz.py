@@ -239,7 +239,7 @@ def test_metrics_from_anywhere(lines, step):
         plot.plot(['fuzzed_run'])
     except Refusal as refusal:
         assert 'fuzzed_run' in str(refusal)
-    metrics = train.Metrics(types.SimpleNamespace(out_dir='fuzzed_run'), train.Machine(0, 1, None, None, False), step)
+    metrics = train.Metrics(train.Config(out_dir='fuzzed_run'), train.Machine(0, 1, None, None, False), step)
     kept = Path('fuzzed_run/metrics.jsonl').read_text().splitlines()
     assert all(json.loads(line)['step'] <= step for line in kept) and len(kept) <= len(lines)
     metrics.write('train', step=step)
