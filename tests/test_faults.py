@@ -58,9 +58,9 @@ def assert_same_run(kind, a, b):
     (test_train if kind == 'train' else test_preference).assert_same_run(a, b)
     for sub in ('', 'iterations', 'selves'):
         names = [{p.name for p in (out / sub).glob('*')} for out in (a, b)]
-        # a stop saves one more checkpoint, and which iterations are kept exactly (.pt) is a matter of checkpoints
+        # a stop saves one more checkpoint, and which iterations and past selves are still kept depends on those
         assert {name for name in names[0] ^ names[1] if not name.startswith('ckpt_') and not (
-            sub == 'iterations' and name.endswith('.pt'))} == set()
+            sub and name.endswith('.pt'))} == set()
     best = [load_checkpoint(out, 'best.pt') for out in (a, b)]
     assert best[0]['step'] == best[1]['step']
     for part in {'model', 'reward_model', 'critic'} & set(best[0]):
