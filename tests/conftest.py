@@ -1,7 +1,10 @@
 """What pytest runs when it is not told: everything but what takes long."""
+import os
 import subprocess
 
 import hypothesis
+
+os.environ['OMP_NUM_THREADS'] = '1'  # models this small: two threads wait for each other longer than they compute
 
 hypothesis.settings.register_profile('suite', max_examples=100, derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile('long', max_examples=20_000, deadline=None, database=None,

@@ -149,7 +149,7 @@ def test_a_killed_prepare_leaves_all_or_nothing(tmp_path, processes, monkeypatch
         process.join()
         hits += process.exitcode != 0
         if Path('data/d').exists():
-            assert prepare_shp.open_dataset(replace(old, overwrite=False)).meta['sha256'] in sound
+            assert prepare_shp.open_dataset(replace(old, overwrite=False, source='hub')).meta['sha256'] in sound
     assert prepare_shp.prepare(old)['sha256'] == sound[0] and os.listdir('data') == ['d']
     print(f'prepare: {hits} kills')
 
