@@ -273,7 +273,7 @@ def test_an_exception_on_one_rank_ends_both(tmp_path):
 
 
 def test_a_rank_that_hangs_is_not_waited_for_for_ever(tmp_path):
-    with Ranks(tmp_path, 'train', 'train.RANK_TIMEOUT = 10\n' + at_step(8, 1, 'time.sleep(20)')) as ranks:
+    with Ranks(tmp_path, 'train', 'train.RANK_TIMEOUT = 6\n' + at_step(8, 1, 'time.sleep(12)')) as ranks:
         assert ranks.end() != 0, ranks.said()
     assert load_checkpoint(tmp_path / 'run')['step'] == 6
 
