@@ -154,7 +154,8 @@ def progress(items, what, say=print):
         now = time.monotonic()
         if now - said > LINE_SECONDS and done < len(items):
             said = now
-            say(f'{what} {done / len(items):.0%}, ETA {timedelta(seconds=round((now - start) * (len(items) / done - 1)))}')
+            eta = timedelta(seconds=round((now - start) * (len(items) / done - 1)))
+            say(f'{what} {done / len(items):.0%}, ETA {eta}')
 
 
 def at_least(cfg, low, *names):

@@ -431,9 +431,11 @@ def model_card(state, out_dir, name, encoding):
     order, method = config.get('taylor_order'), config.get('method')
     trained_as = method or f'language model, T_{order or 0}'
     after_post, speaks = prepare_shp.render('', '')[0], 'model' in state
-    use = '''ids = model.generate(**tokenizer(prompt, return_tensors='pt'), max_new_tokens=100)
-print(tokenizer.decode(ids[0], skip_special_tokens=True))''' if speaks else f'''prompt_length = len(tokenizer(prompt)['input_ids'])
-ids = tokenizer(prompt)['input_ids'] + tokenizer(answer.strip())['input_ids'] + [{encoding.eot_token}]'''
+    use = '\n'.join(["ids = model.generate(**tokenizer(prompt, return_tensors='pt'), max_new_tokens=100)",
+                     'print(tokenizer.decode(ids[0], skip_special_tokens=True))'] if speaks else [
+                         "prompt_length = len(tokenizer(prompt)['input_ids'])",
+                         "ids = tokenizer(prompt)['input_ids'] + tokenizer(answer.strip())['input_ids'] + "
+                         f'[{encoding.eot_token}]'])
     parts = [f"""---
 library_name: transformers
 pipeline_tag: text-{"generation" if speaks else "classification"}

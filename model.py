@@ -270,7 +270,8 @@ def save_checkpoint(out_dir, state, name=None, keep=2):
             raise Refusal(f'{temporary} was not written correctly ({problem}); is the disk sound?')
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # the latter torch's word for a write that failed
-        raise Refusal(f'{path} could not be written ({first_line(error)}); is the disk full, or its folder missing?') from None
+        raise Refusal(f'{path} could not be written ({first_line(error)}); is the disk full, or its folder '
+                      'missing?') from None
     finally:
         for rest in out_dir.glob('*.tmp-*'):  # of this save, if it failed, and of one that was killed
             rest.unlink()

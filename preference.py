@@ -430,8 +430,8 @@ def main(cfg):
     held_out(run)  # what is too little is refused here, before an earlier run is overwritten
     room, lengths = run.block_size - cfg.max_new_tokens, groups['train'].prompt_lengths()
     if long := int((lengths > room).sum()):
-        machine.print(f'note: {long:,} of {len(lengths):,} prompts lose their beginning, for the block of {run.block_size} '
-                      f'tokens has {room} of them beside max_new_tokens')
+        machine.print(f'note: {long:,} of {len(lengths):,} prompts lose their beginning, for the block of '
+                      f'{run.block_size} tokens has {room} of them beside max_new_tokens')
     per_iteration = steps_per_iteration(run)
     cfg = run.cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * per_iteration))
 

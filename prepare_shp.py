@@ -414,7 +414,8 @@ def open_dataset(cfg):
 
 def _same_source(a, b):
     """Whether two values of `source` name the same: paths by the places they lead to."""
-    return a == b or [os.path.abspath(path) for path in a.split(',')] == [os.path.abspath(path) for path in b.split(',')]
+    places = [[os.path.abspath(path) for path in x.split(',')] for x in (a, b)]
+    return a == b or places[0] == places[1]
 
 
 def _check(documents, groups, split, vocab_size):

@@ -355,8 +355,8 @@ def _read(source, cfg, share):
             bad[str(error)] += 1
             example = example or f'line {number}: {error}'
             if row and not seen:
-                seen = (f'; the columns of line {number}: {columns_of(row)}; where yours have other names, map them with '
-                        '--columns=OURS:THEIRS')
+                seen = (f'; the columns of line {number}: {columns_of(row)}; where yours have other names, map them '
+                        'with --columns=OURS:THEIRS')
             continue
         domain = rows[0]['domain'] if rows else ''
         wide = [row for row in rows if Comment.beats(*pair_of(row), cfg.min_score_ratio)]

@@ -135,11 +135,13 @@ class WrittenTeacher(nn.Module):
             raise Refusal(f'{self.path} does not hold lines of {{"prompt" or "prompt_id", "completion"}}: {reasons}')
         cut = sum(len(ids) == cfg.max_new_tokens and ids[-1] != encoding.eot_token for ids in self.completions.values())
         if cut and os.environ.get('RANK', '0') == '0':
-            print(f'note: {cut} of {len(self.completions)} completions do not end within max_new_tokens={cfg.max_new_tokens}')
+            print(f'note: {cut} of {len(self.completions)} completions do not end within max_new_tokens='
+                  f'{cfg.max_new_tokens}')
         complaints, missing = [], [i for i, prompt in enumerate(self.prompts) if prompt not in self.completions]
         if missing:
             id, prompt = groups.ids[missing[0]], self.prompts[missing[0]].removesuffix(SEPARATOR)
-            complaints.append(f'it has no completion for {len(self.known) - len(self.completions)} of {len(self.known)} '
+            lacking = len(self.known) - len(self.completions)
+            complaints.append(f'it has no completion for {lacking} of {len(self.known)} '
                               f'prompts, for example post {id}, {prompt[:80]!r}')
         if strangers:
             complaints.append(f'{len(strangers)} lines are of no prompt of train, for example {strangers[0]}')

@@ -312,8 +312,8 @@ def open_run(cfg, machine):
         yield found.pop()  # not held here while the run goes on
     except RuntimeError as error:
         if machine.world_size > 1 and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
-            raise Refusal('another rank has ended or does not answer, so this one ends too; what it said last tells why. '
-                          '--resume=True goes on from the last checkpoint') from error
+            raise Refusal('another rank has ended or does not answer, so this one ends too; what it said last tells '
+                          'why. --resume=True goes on from the last checkpoint') from error
         raise
     finally:
         if held is not None:
@@ -465,7 +465,8 @@ def viewers(cfg, step):
     found = []
     if cfg.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(Path(cfg.out_dir) / 'tensorboard', purge_step=step + 1)  # an evaluation of this step comes twice
+        # an evaluation of this very step comes twice
+        writer = SummaryWriter(Path(cfg.out_dir) / 'tensorboard', purge_step=step + 1)
 
         def show_in_tensorboard(event, values):
             for name, value in values.items():
@@ -750,8 +751,8 @@ def main(cfg):
                     machine.print(f'step {step} evaluation: ' + ', '.join(f'{k} {v:.4f}' for k, v in result.items()) +
                                   (f' (log V = {math.log(model_config.vocab_size):.4f})' if step == 0 else ''))
                     if not math.isfinite(result['val_ce']):
-                        machine.print(f'warning: this model is no more, {"best.pt" if best < math.inf else "no checkpoint"} '
-                                      'is from before; try a smaller learning_rate')
+                        machine.print('warning: this model is no more, ' + ('best.pt' if best < math.inf else 'nothing') +
+                                      ' is from before; try a smaller learning_rate')
                     if result['val_ce'] < best:
                         best = result['val_ce']
                         machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, dict(weights(), val_ce=best), 'best.pt'))

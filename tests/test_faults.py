@@ -311,8 +311,8 @@ def test_ctrl_c_twice_at_torchrun(tmp_path, kind):
     assert step >= 20 and f'stopped after step {step}, saved' in ranks.said()
 
 
-@pytest.mark.parametrize('kind, name, bad', [('train', 'linear_taylor_loss', 'nan'), ('dpo', 'plackett_luce_loss', 'inf'),
-                                             ('ppo', 'ppo_value_loss', 'nan')])
+@pytest.mark.parametrize('kind, name, bad', [
+    ('train', 'linear_taylor_loss', 'nan'), ('dpo', 'plackett_luce_loss', 'inf'), ('ppo', 'ppo_value_loss', 'nan')])
 def test_a_nan_or_inf_on_one_rank_reaches_no_parameter_of_any(tmp_path, kind, name, bad):
     module = 'train' if kind == 'train' else 'preference'
     fault = (f'sound, calls = {module}.{name}, []\n'

@@ -547,13 +547,13 @@ def test_the_method_in_the_readme(tmp_path, monkeypatch):
     first = metrics(tmp_path / 'all', 'train')[0]
     assert first['loss'] == pytest.approx(math.log(2), abs=1e-5) and first['chance_loss'] == pytest.approx(math.log(2))
 
-    groups, pick = {}, prepare_shp.pick_groups
+    lines, pick = {}, prepare_shp.pick_groups
     monkeypatch.setattr(preference, 'pick_groups', lambda *args: [
         group._replace(answers=group.answers[:2]) for group in pick(*args)])
     for method in ('extremes', 'dpo'):
         preference.main(config(tmp_path / method, method, iterations=1, max_answers=0))
-        groups[method] = [{k: v for k, v in line.items() if k != 'method'} for line in metrics(tmp_path / method, 'train')]
-    assert groups['extremes'] == groups['dpo']
+        lines[method] = metrics(tmp_path / method, 'train')
+    assert lines['extremes'] == lines['dpo']
 
 
 # PPO ----------------------------------------------------------------------------------------------------------------
@@ -909,7 +909,8 @@ def test_refusals_are_sentences_and_cost_nothing(tmp_path, changes, words):
     for name in changes.values():
         if str(name).startswith('foreign_') and not Path(name).exists():
             Path(name).mkdir()
-            save_checkpoint(name, dict(load_checkpoint(name.removeprefix('foreign_'), 'best.pt'), encoding='gpt2'), 'best.pt')
+            state = load_checkpoint(name.removeprefix('foreign_'), 'best.pt')
+            save_checkpoint(name, dict(state, encoding='gpt2'), 'best.pt')
     with pytest.raises(Refusal, match=words):
         preference.main(config(tmp_path / 'run', overwrite=True, **changes))
     assert [path.read_bytes() for path in (tmp_path / 'run').iterdir()] == [b'an earlier run']

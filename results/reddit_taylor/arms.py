@@ -2,8 +2,8 @@
 
     python results/reddit_taylor/arms.py focal [the options of train.py]
 
-Each is a function of log p of the target, whose exact gradient linear_token_log_prob gives. The log's train_loss is that
-of the arm; train_ce and every evaluation are as always.
+Each is a function of log p of the target, whose exact gradient linear_token_log_prob gives. The log's train_loss is
+that of the arm; train_ce and every evaluation are as always.
 """
 import sys
 from pathlib import Path
@@ -23,10 +23,10 @@ def q_of(log_p):
 
 
 ARMS = {
-    'taylor_ce': lambda log_p: -log_p - taylor_loss(log_p, 2),         # q + q^2/2, the terms that T_2 drops (Feng et al. 2020)
-    'focal': lambda log_p: -q_of(log_p) ** 2 * log_p,                  # gamma = 2 (Lin et al. 2017)
-    'dft': lambda log_p: -log_p.detach().exp() * log_p,                # weighted by p (Wu et al. 2025)
-    'label_smoothing': lambda log_p: -(1 - SMOOTHING) * log_p}         # and epsilon of the mean of all -log p (below)
+    'taylor_ce': lambda log_p: -log_p - taylor_loss(log_p, 2),  # q + q^2/2, what T_2 drops (Feng et al. 2020)
+    'focal': lambda log_p: -q_of(log_p) ** 2 * log_p,           # gamma = 2 (Lin et al. 2017)
+    'dft': lambda log_p: -log_p.detach().exp() * log_p,         # weighted by p (Wu et al. 2025)
+    'label_smoothing': lambda log_p: -(1 - SMOOTHING) * log_p}  # and epsilon of the mean of all -log p, below
 
 
 def sums(arm, hidden, weight, targets, vocab_size):

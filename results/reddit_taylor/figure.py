@@ -18,7 +18,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 import plot  # noqa: E402
 
 PANELS = [('row', 'By row: a fixed sample, smoothed', {'probe_ce': '-'}, (0, 8)),
-          ('row', 'By row: texts seen in training (dotted), new ones', {'val_ce_leaked': ':', 'val_ce_clean': '-'}, (0, 8)),
+          ('row', 'By row: texts seen in training (dotted), new ones', {'val_ce_leaked': ':', 'val_ce_clean': '-'},
+           (0, 8)),
           ('post', 'By post: a fixed sample, smoothed', {'probe_ce': '-'}, (5, 9)),
           ('post', 'By post: all texts, p and link (dashed)', {'val_ce': '-', 'val_ce_link': '--'}, (6, 10))]
 
