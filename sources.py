@@ -89,7 +89,7 @@ def shp_rows(row, where, columns={}):
     for names, read in SCHEMAS:
         if any(row.get(name) is not None for name in names):
             if lost := [theirs for ours, theirs in columns.items() if ours in MAPPED[read] and row[ours] is None]:
-                raise ValueError(f"no column {', '.join(lost)}, which --columns names")
+                raise ValueError(f"no column {', '.join(lost)[:100]}, which --columns names")
             return read(row, where, columns)
     raise ValueError("its columns are neither SHP's nor prompt + responses, prompt + chosen + rejected, instruction + "
                      'completions or prompt + answers')
@@ -183,7 +183,8 @@ def _scored(prompt, answers, where, columns):
         names = [name for name in names if name in columns] or names
         here = [name for name in names if all(answer.get(columns.get(name, name)) is not None for answer in answers)]
         if not here:
-            raise ValueError(f"no column {' or '.join(columns.get(name, name) for name in names)} in all its answers")
+            asked = ' or '.join(columns.get(name, name) for name in names)
+            raise ValueError(f'no column {asked[:100]} in all its answers')
         return here[0]
 
     text, score = column(ANSWERS), column(SCORES)
