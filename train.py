@@ -596,6 +596,7 @@ class Updates:
 
 
 def logit_rows(model):
+    """How many rows of a model's logits an evaluation holds at once."""
     return max(1, LOGITS // model.config.vocab_size)
 
 
@@ -627,7 +628,8 @@ def evaluate(model, documents, cfg, machine, order, stop):
                 log_p = model.logits(hidden[rows]).log_softmax(-1)
                 target = targets[rows, None]
                 tokens = [(log.gather(1, target)[:, 0], *log.max(1), torch.special.entr(log.exp()).sum(1))
-                          for log in (log_p, taylor_link(log_p, order))]
+                          for log in ((log_p, taylor_link(log_p, order)) if order else (log_p,))]
+                tokens = [tokens[0], tokens[-1]]  # T_0's link is p itself
                 ce, ce_link = (-at_target.cpu().double() for at_target, *_ in tokens)
                 right = (tokens[0][2] == target[:, 0]).cpu().double()
                 entropy, entropy_link = ((1 - right) @ entropy.cpu().double() for *_, entropy in tokens)

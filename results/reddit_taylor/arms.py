@@ -18,13 +18,9 @@ from losses import TaylorSums, linear_token_log_prob, taylor_loss  # noqa: E402
 SMOOTHING = 0.1  # epsilon of label smoothing
 
 
-def q_of(log_p):
-    return -torch.expm1(log_p)
-
-
 ARMS = {
     'taylor_ce': lambda log_p: -log_p - taylor_loss(log_p, 2),  # q + q^2/2, what T_2 drops (Feng et al. 2020)
-    'focal': lambda log_p: -q_of(log_p) ** 2 * log_p,           # gamma = 2 (Lin et al. 2017)
+    'focal': lambda log_p: -torch.expm1(log_p) ** 2 * log_p,    # -q^2 log p, gamma = 2 (Lin et al. 2017)
     'dft': lambda log_p: -log_p.detach().exp() * log_p,         # weighted by p (Wu et al. 2025)
     'label_smoothing': lambda log_p: -(1 - SMOOTHING) * log_p}  # and epsilon of the mean of all -log p, below
 
