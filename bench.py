@@ -123,7 +123,7 @@ def head(cfg, machine, n_embd, rows=4096, vocabulary=VOCABULARY):
         'naive T_2, float32': lambda: layer(naive_t2, F32),
         'F.linear + F.cross_entropy, compiled, bfloat16': lambda: layer(cross_entropy, BF16, True),
         'naive T_2, compiled, bfloat16': lambda: layer(naive_t2, BF16, True)}
-    if hasattr(F, 'linear_cross_entropy'):
+    if hasattr(torch.nn, 'LinearCrossEntropyOptions'):
         for policy in ('accurate', 'compact'):
             options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(256, n_embd), acc_policy=policy)
             contenders[f'F.linear_cross_entropy, {policy}, bfloat16'] = lambda options=options: layer(
@@ -434,12 +434,12 @@ def compare(cfg, machine, part, size):
         print('{name:<52}{median_ms:>11.1f}{min_ms:>10.1f}{times:>8.2f}'.format(**rows[-1]) +
               (f'{mib:>9.0f}' if wanted else f'{"":>9}'), flush=True)
     if part == 'step':
-        print(f'predicted for train.py: {predicted_memory(cfg, size, F32):.0f} MiB in float32, '
-              f'{predicted_memory(cfg, size, BF16):.0f} in bfloat16', flush=True)
+        print(f'predicted for train.py: {predicted_memory(cfg, size, F32, machine.device.type):.0f} MiB in '
+              f'float32, {predicted_memory(cfg, size, BF16, machine.device.type):.0f} in bfloat16', flush=True)
     return rows
 
 
-def predicted_memory(cfg, n_embd, dtype):
+def predicted_memory(cfg, n_embd, dtype, device='cpu'):
     """MiB of a training step: 16 P + 4 V C + R V b + 70 L B T C bytes.
 
     Weights, gradients and AdamW's two moments of P parameters; the gradient that tied weights have once more, as an
@@ -450,7 +450,7 @@ def predicted_memory(cfg, n_embd, dtype):
     with torch.device('meta'):
         parameters = sum(p.numel() for p in GPT(config).parameters())
     tokens, V = cfg.batch_size * cfg.block_size, config.padded_vocab_size
-    rows = chunk_rows_for(tokens, V, n_embd, dtype)
+    rows = chunk_rows_for(tokens, V, n_embd, dtype, device)
     return (16 * parameters + 4 * V * n_embd + rows * V * dtype.itemsize
             + 70 * cfg.n_layer * tokens * n_embd) / 2 ** 20
 

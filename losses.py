@@ -296,11 +296,14 @@ def _order(n):
     return n
 
 
-def chunk_rows_for(N, V, C, dtype):
+def chunk_rows_for(N, V, C, dtype, device='cpu'):
     """Rows of a chunk of logits, measured on two CPUs: few keep it in cache (128 are 25 MB of float32 at gpt2's V); a
     wide model needs more, for each chunk adds to the (V, C) gradient once, up to 1024; and so does a small vocabulary,
-    whose chunks would cost more in calls than in arithmetic.
+    whose chunks would cost more in calls than in arithmetic. A GPU waits for calls first: chunks as large as its memory
+    does not feel (2^29 logits are 1 GiB of bfloat16).
     """
+    if device == 'cuda':
+        return max(1, min(N, 2 ** 29 // V))
     return max(1, min(N, max(128, min(8 * C // dtype.itemsize, 1024), 2 ** 20 // V)))
 
 
@@ -308,7 +311,7 @@ def _head_options(hidden, weight, vocab_size, chunk_rows):
     """-> real vocabulary, rows of a chunk, dtype of the products: the autocast dtype where autocast is on."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return vocab_size or len(weight), chunk_rows or chunk_rows_for(len(hidden), *weight.shape, dtype), dtype
+    return vocab_size or len(weight), chunk_rows or chunk_rows_for(len(hidden), *weight.shape, dtype, device), dtype
 
 
 # Rankings ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ A GPT-2: pre-LayerNorm blocks, tanh-GELU, learned positions (Radford et al. 2019
 import math
 import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -28,6 +28,10 @@ class GPTConfig:
     tie_weights: bool = True
 
     def __post_init__(self):
+        for field in fields(self):  # a checkpoint may say anything, True of a tensor too
+            value = getattr(self, field.name)
+            if type(value) is not field.type and (field.type, type(value)) != (float, int):
+                raise TypeError(f'{field.name}={str(value)[:80]} is no {field.type.__name__}')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} does not divide by n_head={self.n_head}; '
                              f'pick a multiple of {self.n_head}')

@@ -35,7 +35,7 @@ def sums(arm, hidden, weight, targets, vocab_size):
         target_logit, mean_logit = ((hidden.to(weight.dtype) * row).sum(-1)
                                     for row in (weight[targets], weight[:vocab_size].mean(0)))
         loss = loss - SMOOTHING * (mean_logit - target_logit + log_p).sum()
-    count = torch.tensor(float(len(targets)))
+    count = torch.tensor(float(len(targets)), device=hidden.device)
     return TaylorSums(loss, -log_p.detach().sum(), count, len(targets))
 
 
