@@ -41,7 +41,7 @@ LOCK_TIMEOUT = 10          # seconds that a run waits for another one to leave i
 PARENT = os.getppid()      # torchrun, where the run is one of its ranks
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, a scheduler, a terminal that has closed
 SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'tie_weights'  # of a model, beside block_size and dropout
-LOGITS = dict(cpu=2 ** 21, cuda=2 ** 27, mps=2 ** 24)  # that an evaluation holds at once: few, for the caches of a CPU
+LOGITS = dict(cpu=2 ** 21, mps=2 ** 24, cuda=2 ** 27)  # that an evaluation holds at once: few, for caches of a CPU
 ECE_BINS = 15              # of equal width, over the confidence of the likeliest token
 NUMBERED = '[0-9]' * 4 + '*.*'  # the files of iterations/ and selves/
 # what overwrite deletes, and the options that may differ between a run and its exact resume

@@ -1,0 +1,96 @@
+"""The tables and the picture of these runs: python results/toy_preference/figure.py
+
+Reads <run>_s<seed>.jsonl beside it, each a run's metrics.jsonl; a run's name is its method and what it varies.
+"""
+import json
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+import plot  # noqa: E402
+
+RUNS = {'reward': 'reward model', 'dpo': 'DPO', 'dpo-k4': 'K = 4 at most', 'dpo-k2': 'K = 2, equal tokens',
+        'dpo-rank1': 'rank_order 1', 'dpo-rank2': 'rank_order 2', 'dpo-token1': 'token_order 1',
+        'dpo-token2': 'token_order 2', 'spin-1': 'SPIN', 'spin-2': '2 opponents', 'spin-3': '3 opponents',
+        'distill': 'distillation', 'ppo': 'PPO, n = 2', 'ppo-n3': 'n = 3, monotone', 'ppo-n3-bare': 'n = 3, bare',
+        'ppo-batch': 'n = 2 per batch'}
+BASE = dict(dpo='dpo', spin='spin-1', distill='spin-1', ppo='ppo')  # what a method's runs are compared with
+COLUMNS = dict(rank_accuracy=3, true_quality=3, reward=2, kl=2, entropy=3, eot_rate=3, answer_length=1)
+ALSO = ('rank_ece', 'rank_loss', 'quality_data', 'quality_teacher', 'quality_self', 'quality_agrees', 'reward_data',
+        'reward_teacher', 'reward_self', 'reward_agrees', 'reward_quality_correlation')
+
+
+def read():
+    """{run: {seed: evaluations}}."""
+    runs = {name: {} for name in RUNS}
+    for path in sorted(HERE.glob('*_s*.jsonl')):
+        name, _, seed = path.stem.rpartition('_s')
+        events = map(json.loads, path.read_text().splitlines())
+        runs[name][int(seed)] = [event for event in events if event['event'] == 'eval']
+    return runs
+
+
+def cell(values, digits):
+    if None in values:
+        return ''
+    return f'{mean(values):.{digits}f}' + (f' ± {stdev(values):.{digits}f}' if len(values) > 1 else '')
+
+
+def table(runs):
+    first = [evals[0] for seeds in runs.values() for evals in seeds.values()]
+    last = {name: {seed: evals[-1] for seed, evals in seeds.items()} for name, seeds in runs.items()}
+    for prefix, what in (('rank_accuracy_', 'held-out pairs ordered by'), ('true_quality_', 'true quality of')):
+        print(what, ', '.join(f'{name.removeprefix(prefix)} {x:.3f}' for name, x in first[0].items()
+                              if name.startswith(prefix)))
+    print('\n| run | n | ' + ' | '.join(COLUMNS) + ' | true_quality less that of the base | tokens | sampled | seconds |'
+          '\n|' + '---|' * (len(COLUMNS) + 6))
+    print(f'| start | {len(first)} | ' + ' | '.join(
+        cell([e.get(c) if c != 'rank_accuracy' else None for e in first], d) for c, d in COLUMNS.items()) + ' | | | | |')
+    for name, seeds in last.items():
+        base = last.get(BASE.get(name.partition('-')[0], name), {})
+        less = [e['true_quality'] - base[s]['true_quality'] for s, e in seeds.items() if base is not seeds and s in base]
+        print(f'| {RUNS[name]} | {len(seeds)} | ' + ' | '.join(
+            cell([e.get(c) for e in seeds.values()], d) for c, d in COLUMNS.items()) +
+            f' | {cell(less, 3) if less else ""} | ' + ' | '.join(
+                f'{mean(e[c] for e in seeds.values()):,.0f}' for c in ('tokens', 'sampled_tokens', 'seconds')) + ' |')
+    print()
+    for name, seeds in last.items():
+        print(f'{RUNS[name]}: ' + ', '.join(f'{also} {cell([e[also] for e in seeds.values()], 3)}' for also in ALSO
+                                            if also in seeds[0]))
+
+
+def picture(runs, path):
+    """True quality: of DPO's ends against their distance, of the others over updates; one line or mark a seed."""
+    with matplotlib.rc_context(plot.STYLE):
+        figure = Figure(figsize=(10, 7), dpi=150, layout='constrained')
+        (dpo, spin), (ppo, reward) = figure.subplots(2, 2)
+        for i, name in enumerate(name for name in RUNS if name.startswith('dpo')):
+            ends = [evals[-1] for evals in runs[name].values()]
+            dpo.plot([e['kl'] for e in ends], [e['true_quality'] for e in ends], 'osDv^Ph'[i],
+                     color=(plot.COLOURS * 2)[i], label=RUNS[name])
+        dpo.set(title='DPO: where its variants end', xlabel='KL to the start, nats an answer', ylabel='true quality')
+        for ax, names, x, y in ((spin, ('spin-1', 'spin-2', 'spin-3', 'distill'), 'step', 'true_quality'),
+                                (ppo, ('ppo', 'ppo-n3', 'ppo-n3-bare', 'ppo-batch'), 'step', 'true_quality'),
+                                (reward, ('ppo', 'ppo-n3', 'ppo-n3-bare', 'ppo-batch'), 'kl', 'reward')):
+            for i, name in enumerate(names):
+                for seed, evals in runs[name].items():
+                    ax.plot([e[x] for e in evals], [e[y] for e in evals], color=plot.COLOURS[i], linewidth=1.3,
+                            label=RUNS[name] if seed == 0 else None)
+            ax.set(xlabel='updates', ylabel='true quality')
+        spin.set(title='Self-play and distillation')
+        ppo.set(title='PPO: what the judge says')
+        reward.set(title='PPO: what the reward model says', xlabel='KL to the start, nats an answer', ylabel='reward')
+        for ax in (dpo, spin, ppo, reward):
+            ax.legend(fontsize=8)
+        figure.savefig(path)
+
+
+if __name__ == '__main__':
+    runs = read()
+    table(runs)
+    picture(runs, HERE / 'toy_preference.png')
