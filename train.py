@@ -753,8 +753,9 @@ def main(cfg):
                     machine.print(f'step {step} evaluation: ' + ', '.join(f'{k} {v:.4f}' for k, v in result.items()) +
                                   (f' (log V = {math.log(model_config.vocab_size):.4f})' if step == 0 else ''))
                     if not math.isfinite(result['val_ce']):
-                        machine.print('warning: this model is no more, ' + ('best.pt' if best < math.inf else 'nothing') +
-                                      ' is from before; try a smaller learning_rate')
+                        kept = 'best.pt' if best < math.inf else 'nothing'
+                        machine.print(f'warning: this model is no more, {kept} is from before; try a smaller '
+                                      'learning_rate')
                     if result['val_ce'] < best:
                         best = result['val_ce']
                         machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, dict(weights(), val_ce=best), 'best.pt'))

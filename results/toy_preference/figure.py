@@ -8,11 +8,13 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib
+import torch
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 import plot  # noqa: E402
+from losses import renormalize_reward  # noqa: E402
 
 RUNS = {'reward': 'reward model', 'dpo': 'DPO', 'dpo-k4': 'K = 4 at most', 'dpo-k2': 'K = 2, equal tokens',
         'dpo-rank1': 'rank_order 1', 'dpo-rank2': 'rank_order 2', 'dpo-token1': 'token_order 1',
@@ -47,13 +49,14 @@ def table(runs):
     for prefix, what in (('rank_accuracy_', 'held-out pairs ordered by'), ('true_quality_', 'true quality of')):
         print(what, ', '.join(f'{name.removeprefix(prefix)} {x:.3f}' for name, x in first[0].items()
                               if name.startswith(prefix)))
-    print('\n| run | n | ' + ' | '.join(COLUMNS) + ' | true_quality less that of the base | tokens | sampled | seconds |'
-          '\n|' + '---|' * (len(COLUMNS) + 6))
+    columns = ['run', 'n', *COLUMNS, 'true_quality less its base', 'tokens', 'sampled', 'seconds']
+    print('\n| ' + ' | '.join(columns) + ' |\n|' + '---|' * len(columns))
+    start = [dict(e, rank_accuracy=None, reward=None) for e in first]  # a tie, by the implicit reward
     print(f'| start | {len(first)} | ' + ' | '.join(
-        cell([e.get(c) if c != 'rank_accuracy' else None for e in first], d) for c, d in COLUMNS.items()) + ' | | | | |')
+        cell([e[c] for e in start], d) for c, d in COLUMNS.items()) + ' | | | | |')
     for name, seeds in last.items():
         base = last.get(BASE.get(name.partition('-')[0], name), {})
-        less = [e['true_quality'] - base[s]['true_quality'] for s, e in seeds.items() if base is not seeds and s in base]
+        less = [seeds[s]['true_quality'] - base[s]['true_quality'] for s in seeds if base is not seeds and s in base]
         print(f'| {RUNS[name]} | {len(seeds)} | ' + ' | '.join(
             cell([e.get(c) for e in seeds.values()], d) for c, d in COLUMNS.items()) +
             f' | {cell(less, 3) if less else ""} | ' + ' | '.join(
@@ -62,6 +65,14 @@ def table(runs):
     for name, seeds in last.items():
         print(f'{RUNS[name]}: ' + ', '.join(f'{also} {cell([e[also] for e in seeds.values()], 3)}' for also in ALSO
                                             if also in seeds[0]))
+
+
+def bare_cubic(groups=20_000, answers=8):
+    """How often R of n = 3, without the guard of monotony, praises the worst answer of normally distributed rewards."""
+    r = torch.randn(groups, answers, generator=torch.Generator().manual_seed(0)).sort().values
+    R = renormalize_reward(r, 3, monotone=False).reward
+    print(f'\nn = 3, bare: of {groups:,} groups of {answers} normal rewards {(R.diff() > 0).all(1).float().mean():.0%} '
+          f'keep their order, {(R[:, 0] > 0).float().mean():.0%} give the worst answer a positive reward')
 
 
 def picture(runs, path):
@@ -93,4 +104,5 @@ def picture(runs, path):
 if __name__ == '__main__':
     runs = read()
     table(runs)
+    bare_cubic()
     picture(runs, HERE / 'toy_preference.png')
