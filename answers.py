@@ -113,7 +113,7 @@ def token_log_prob(run, model, forward, batch):
 
 
 def head_log_prob(model, packed, hidden):
-    """The head sees only answer tokens, and no (tokens, vocabulary) tensor is held."""
+    """The head sees only answer tokens, a chunk of logits at a time."""
     log_p = linear_token_log_prob(hidden.flatten(0, 1), model.lm_head.weight, packed.targets.flatten(),
                                   model.config.vocab_size)
     return packed.tokens(log_p.view_as(packed.idx))

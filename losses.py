@@ -92,7 +92,7 @@ class TaylorSums(NamedTuple):
 
 
 def linear_taylor_loss(hidden, weight, targets, n, vocab_size=None, skip_below=0.0, chunk_rows=None):
-    """Head and loss in one pass: T_n of softmax(hidden @ weight.T) without ever holding an (N, V) tensor.
+    """Head and loss in one pass: T_n of softmax(hidden @ weight.T), and of its (N, V) no more than a chunk.
 
     hidden (N, C), weight (V, C), targets (N,) with -1 = ignored -> TaylorSums, sums over the valid rows, in nats.
     Rows go through `chunk_rows` at a time. The gradient on the logits is q^n (p - onehot), and q^n is known as soon
@@ -300,10 +300,10 @@ def chunk_rows_for(N, V, C, dtype, device='cpu'):
     """Rows of a chunk of logits, measured on two CPUs: few keep it in cache (128 are 25 MB of float32 at gpt2's V); a
     wide model needs more, for each chunk adds to the (V, C) gradient once, up to 1024; and so does a small vocabulary,
     whose chunks would cost more in calls than in arithmetic. A GPU waits for calls first: chunks as large as its memory
-    does not feel (2^29 logits are 1 GiB of bfloat16).
+    does not feel (2^28 logits are 512 MiB of bfloat16).
     """
     if device == 'cuda':
-        return max(1, min(N, 2 ** 29 // V))
+        return max(1, min(N, 2 ** 28 // V))
     return max(1, min(N, max(128, min(8 * C // dtype.itemsize, 1024), 2 ** 20 // V)))
 
 

@@ -208,7 +208,7 @@ def prepare(cfg):
         raise Refusal(f"source {', '.join(absent)} does not exist; name a folder or files of JSON lines")
     enc = encoding(_options(cfg)['encoding'])
     records, rows, rule = records_of(cfg)
-    folder, seen = temporary_folder(final), set()
+    folder, seen = temporary_folder(final), (set(), set())
     try:
         folder.mkdir(parents=True)
         splits = {split: _write_split(folder, split, records.pop(split), cfg, enc, seen) for split in SPLITS}
@@ -248,7 +248,7 @@ def _dead(pid):
 
 
 def _write_split(folder, split, records, cfg, enc, seen):
-    """One split's four files -> its statistics. `seen`: digests of train's documents, which come first and fill it."""
+    """One split's four files -> its statistics. `seen`: train's documents and answers, which come first and fill it."""
     prompts, answers, documents = {}, {}, {}  # distinct text -> its place among the tokenised
 
     def place(history, answer):
@@ -268,10 +268,12 @@ def _write_split(folder, split, records, cfg, enc, seen):
     answers = [np.concatenate([tokens, end]) if len(tokens) <= limit else tokens[:limit] for tokens in whole]
 
     texts = [np.concatenate([prompts[p], answers[a]]) for p, a in documents.values()]
-    digests = [hashlib.sha256(text).digest() for text in texts]
-    leaked = np.array([digest in seen for digest in digests], np.bool_)
+    digests = [[hashlib.sha256(text).digest() for text in what]
+               for what in (texts, [answers[a] for _, a in documents.values()])]
+    leaked, known = (np.array([digest in old for digest in new], np.bool_) for new, old in zip(digests, seen))
     if split == 'train':
-        seen.update(digests)
+        for new, old in zip(digests, seen):
+            old.update(new)
     tokens, offsets = _pack(texts)
     for suffix, array in zip(DOCUMENT_FILES, (tokens, offsets, leaked)):
         _write(folder / (split + suffix), array.tofile)
@@ -293,8 +295,9 @@ def _write_split(folder, split, records, cfg, enc, seen):
 
     longest = {ranking[:2]: len(ranking.answers) for ranking in reversed(ranked)}  # a post's first ranking stays
     return dict(rows=len(records), posts=len(longest), documents=len(texts), leaked=int(leaked.sum()),
-                tokens=len(tokens), groups=len(groups), k=_histogram(k), longest_k=_histogram(longest.values()),
-                cut_answers=sum(len(tokens) > limit for tokens in whole), lost_answers=sum(map(len, places)) - sum(k))
+                known_answers=int((known & ~leaked).sum()), tokens=len(tokens), groups=len(groups), k=_histogram(k),
+                longest_k=_histogram(longest.values()), cut_answers=sum(len(tokens) > limit for tokens in whole),
+                lost_answers=sum(map(len, places)) - sum(k))
 
 
 def _pack(arrays):
@@ -630,7 +633,8 @@ def main(cfg):
         print(f"{split} rows: {counted(count)}")
     for split, count in meta['splits'].items():
         print(f"{split}: {count['posts']} posts, {count['documents']} documents, {count['tokens']} tokens, "
-              f"{count['leaked']} documents also in train, {count['cut_answers']} answers cut\n"
+              f"{count['leaked']} documents also in train, {count['known_answers']} others with an answer of train, "
+              f"{count['cut_answers']} answers cut\n"
               f"  {count['groups']} rankings, {counted(count['k'], 'K=')}; longest of each post: "
               f"{counted(count['longest_k'], 'K=')}; {count['lost_answers']} answers lost as equal")
     for name, digest in meta['sha256'].items():

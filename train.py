@@ -110,7 +110,7 @@ class Config(RunConfig):
     tie_weights: bool = True      # the head is the token embedding
     taylor_order: int = 0         # n of T_n; 0 = cross-entropy
     skip_below: float = 0.0       # tokens with q^n below this share of their chunk's largest get no gradient; 0 = exact
-    probe_interval: int = 0       # steps between looks at the first batch_size sequences of eval_split; 0 = none
+    probe_interval: int = 0       # steps between looks at batch_size sequences spread over eval_split; 0 = none
 
     def check(self):
         yield from super().check()
@@ -657,9 +657,10 @@ def evaluate(model, documents, cfg, machine, order, stop):
 
 @torch.no_grad()
 def probe(model, documents, cfg, machine):
-    """Cross-entropy of p, nats per token, over the first batch_size sequences of a split: cheap, and a fixed sample."""
-    count = min(cfg.batch_size, prepare_shp.eval_length(documents, cfg.cut, cfg.block_size))
-    share = range(machine.rank * count // machine.world_size, (machine.rank + 1) * count // machine.world_size)
+    """Cross-entropy of p, nats per token, over batch_size sequences spread over a split: cheap, and a fixed sample."""
+    length = prepare_shp.eval_length(documents, cfg.cut, cfg.block_size)
+    count = min(cfg.batch_size, length)
+    share = [i * length // count for i in range(count)][machine.rank::machine.world_size]
     idx, targets, _ = prepare_shp.eval_batch(documents, cfg.cut, cfg.block_size, share)
     model.eval()
     with machine.autocast():
@@ -756,7 +757,7 @@ def main(cfg):
                         kept = 'best.pt' if best < math.inf else 'nothing'
                         machine.print(f'warning: this model is no more, {kept} is from before; try a smaller '
                                       'learning_rate')
-                    if result['val_ce'] < best:
+                    if result['val_ce'] < best or cfg.eval_split == 'test':  # which chooses nothing: the latest stays
                         best = result['val_ce']
                         machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, dict(weights(), val_ce=best), 'best.pt'))
                 mark = step, tokens, time.perf_counter()

@@ -794,7 +794,7 @@ def test_control_arms_of_the_reddit_experiment(rng):
                     label_smoothing=F.cross_entropy(logits, targets[targets >= 0], label_smoothing=0.1, reduction='sum'))
     assert set(expected) == set(arms.ARMS)
     for arm, loss in expected.items():
-        sums = arms.sums(arm, hidden, weight, targets, 50)
+        sums = arms.sums(arm, hidden, weight, targets, 0, 50)
         torch.testing.assert_close(sums.loss, loss)
         for mine, other in zip(torch.autograd.grad(sums.loss, (hidden, weight)),
                                torch.autograd.grad(loss, (hidden, weight), retain_graph=True)):

@@ -19,9 +19,8 @@ import torch
 import prepare_shp
 import sources
 from configurator import Refusal
-from prepare_shp import (Config, Documents, Groups, encoding, eval_batch, eval_length, group_batch, lm_batch, main, pack,
-                        pick_groups,
-                         open_dataset, prepare, rankings, render)
+from prepare_shp import (SEPARATOR, Config, Documents, Groups, encoding, eval_batch, eval_length, group_batch, lm_batch,
+                         main, open_dataset, pack, pick_groups, prepare, rankings, render)
 from toy_shp import toy_rows
 
 ROOT = Path(__file__).parent.parent
@@ -284,6 +283,9 @@ def test_row_split_against_brute_force():
     assert Counter(train + val) == Counter(winners) and train + val != winners  # those rows, in a random order
     assert data.documents('val').leaked.tolist() == [text in train for text in val]
     assert 0 < data.documents('val').leaked.sum() < 20 and not data.documents('train').leaked.any()
+    answers = {text.partition(SEPARATOR)[2] for text in train}
+    assert meta['splits']['val']['known_answers'] == sum(text not in train and text.partition(SEPARATOR)[2] in answers
+                                                         for text in val) > 0
     assert meta['rows']['train']['beyond max_rows'] == len(rows['train']) - 101
     prepare(Config(dataset='e', source='shp', encoding='bytes'))  # test is by post whatever the split
     assert meta['sha256']['test_groups.npz'] == open_dataset(Config(dataset='e')).meta['sha256']['test_groups.npz']

@@ -372,6 +372,15 @@ def test_a_probe_of_everything_is_an_evaluation(ranks, monkeypatch):
     assert ce / n == pytest.approx(whole, rel=1e-6) and model.training
 
 
+@pytest.mark.parametrize('split, kept', [('val', 0), ('test', 12)])
+def test_the_test_split_chooses_nothing(split, kept, tmp_path, monkeypatch):
+    """best.pt is the run's lowest of val, and of test merely its latest."""
+    worse_and_worse = iter(range(1, 99))
+    monkeypatch.setattr(train, 'evaluate', lambda *_: dict(val_ce=float(next(worse_and_worse))))
+    train.main(config(tmp_path / 'run', eval_split=split))
+    assert load_checkpoint(tmp_path / 'run', 'best.pt')['step'] == kept
+
+
 def test_probes_change_nothing_and_stand_beside_the_evaluations(tmp_path):
     cfg = config(tmp_path / 'plain', dropout=0.1)
     train.main(cfg)

@@ -44,23 +44,25 @@ def cell(values, digits):
 
 
 def table(runs):
-    first = [evals[0] for seeds in runs.values() for evals in seeds.values()]
+    first = [evals[0] for evals in runs['dpo'].values()]  # the same in all runs of a seed
     last = {name: {seed: evals[-1] for seed, evals in seeds.items()} for name, seeds in runs.items()}
     for prefix, what in (('rank_accuracy_', 'held-out pairs ordered by'), ('true_quality_', 'true quality of')):
         print(what, ', '.join(f'{name.removeprefix(prefix)} {x:.3f}' for name, x in first[0].items()
                               if name.startswith(prefix)))
-    columns = ['run', 'n', *COLUMNS, 'true_quality less its base', 'tokens', 'sampled', 'seconds']
-    print('\n| ' + ' | '.join(columns) + ' |\n|' + '---|' * len(columns))
-    start = [dict(e, rank_accuracy=None, reward=None) for e in first]  # a tie, by the implicit reward
-    print(f'| start | {len(first)} | ' + ' | '.join(
-        cell([e[c] for e in start], d) for c, d in COLUMNS.items()) + ' | | | | |')
+
+    def row(name, evals, columns, *more):
+        cells = [cell([e.get(c) for e in evals], d) if c in columns else '' for c, d in COLUMNS.items()]
+        print('| ' + ' | '.join([name, str(len(evals)), *cells, *more]) + ' |')
+    head = ['run', 'n', *COLUMNS, 'true_quality less its base', 'updates', 'tokens', 'sampled']
+    print('\n| ' + ' | '.join(head) + ' |\n|' + '---|' * len(head))
+    row('start', first, set(COLUMNS) - {'rank_accuracy'}, *4 * [''])
     for name, seeds in last.items():
         base = last.get(BASE.get(name.partition('-')[0], name), {})
         less = [seeds[s]['true_quality'] - base[s]['true_quality'] for s in seeds if base is not seeds and s in base]
-        print(f'| {RUNS[name]} | {len(seeds)} | ' + ' | '.join(
-            cell([e.get(c) for e in seeds.values()], d) for c, d in COLUMNS.items()) +
-            f' | {cell(less, 3) if less else ""} | ' + ' | '.join(
-                f'{mean(e[c] for e in seeds.values()):,.0f}' for c in ('tokens', 'sampled_tokens', 'seconds')) + ' |')
+        evals = list(seeds.values())
+        row(RUNS[name], evals, ['rank_accuracy'] if name == 'reward' else COLUMNS,  # a reward model writes nothing
+            cell(less, 3) if less else '', ', '.join(str(e['step']) for e in evals),
+            *(f'{mean(e[c] for e in evals):,.0f}' for c in ('tokens', 'sampled_tokens')))
     print()
     for name, seeds in last.items():
         print(f'{RUNS[name]}: ' + ', '.join(f'{also} {cell([e[also] for e in seeds.values()], 3)}' for also in ALSO

@@ -1,16 +1,18 @@
 """Mean true quality of a toy run's samples (temperature 1) on 256 held-out questions, beside that of the data.
 
-    PYTHONPATH=. python results/toy_taylor/quality.py out/toy_start out/toy_teacher
+    python results/toy_taylor/quality.py out/toy_start out/toy_teacher
 """
 import sys
+from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 
-from model import GPT, GPTConfig, load_checkpoint
-from prepare_shp import encoding, render
-from sources import SPLIT_SEED, TOY_POSTS
-from toy_shp import quality, toy_rows
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from model import GPT, GPTConfig, load_checkpoint  # noqa: E402
+from prepare_shp import encoding, render  # noqa: E402
+from sources import SPLIT_SEED, TOY_POSTS  # noqa: E402
+from toy_shp import quality, toy_rows  # noqa: E402
 
 answers = {}
 for row in toy_rows('validation', TOY_POSTS['validation'], SPLIT_SEED):
