@@ -104,7 +104,7 @@ def leave_together(run):
         raise Stopped
 
 
-def token_log_prob(run, model, forward, batch):
+def answer_token_log_prob(run, model, forward, batch):
     """log p of each token of each answer given its prompt: (G, K, A), 0 in the padding. forward: the model, or its DDP.
     """
     packed = pack(batch)
@@ -130,7 +130,7 @@ def answer_log_prob(log_p, token_order=0):
 def log_prob_under(run, model, batch, token_order=0):
     """log pi(y|x) of all answers under a frozen model: (G, K), by the training path."""
     return for_all_groups(run, batch,
-                          lambda micro: answer_log_prob(token_log_prob(run, model, model, micro), token_order))
+                          lambda micro: answer_log_prob(answer_token_log_prob(run, model, model, micro), token_order))
 
 
 def rewards(run, scorer, batch):
@@ -204,7 +204,7 @@ def post_of(run, prompt):
 # Other runs, the start and past selves --------------------------------------------------------------------------------
 
 
-def load_start(cfg, resuming, encoding):
+def load_pi_0(cfg, resuming, encoding):
     """pi_0: what init_from names, or, when a run is resumed, what it has kept of it."""
     not_own_folder(cfg, 'init_from', 'reward_model', 'teacher')
     if resuming:

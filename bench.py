@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 import plot
 import prepare_shp
 import toy_shp
-from answers import answer_log_prob, token_log_prob
+from answers import answer_log_prob, answer_token_log_prob
 from configurator import Refusal, at_least, run
 from losses import chunk_rows_for, linear_taylor_loss, linear_token_log_prob, plackett_luce_loss
 from model import GPT, GPTConfig, save_checkpoint
@@ -261,8 +261,8 @@ def preference(cfg, machine, K, prompt=256, answer=64):
         return learn(log_p, dtype)
 
     def packed(dtype):
-        the_run = SimpleNamespace(machine=machine._replace(dtype=dtype))  # all that token_log_prob asks of a Run
-        return learn(lambda gpt: answer_log_prob(token_log_prob(the_run, gpt, gpt, batch)), dtype)
+        the_run = SimpleNamespace(machine=machine._replace(dtype=dtype))  # all that answer_token_log_prob asks of a Run
+        return learn(lambda gpt: answer_log_prob(answer_token_log_prob(the_run, gpt, gpt, batch)), dtype)
 
     def learn(log_p, dtype):
         torch.manual_seed(0)

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 import toy_shp
-from answers import (for_all_groups, log_prob_under, past_self, post_of, rewards, sample, shorten, text_of,
-                     token_log_prob)
+from answers import for_all_groups, log_prob_under, past_self, post_of, rewards, sample, shorten, text_of
 from configurator import Refusal
 from losses import plackett_luce_loss
 from prepare_shp import answer_tokens, group_batch, pack, pick_groups, visible
@@ -32,7 +31,7 @@ def evaluate(run, samples_log):
     valid = held['answer_length'] > 0
     score = for_all_groups(run, held, lambda micro: run.method.score(run, micro)[0])
     speaker = policy or start
-    log_p = for_all_groups(run, held, lambda micro: token_log_prob(run, speaker, speaker, micro)).sum(-1)
+    log_p = log_prob_under(run, speaker, held)
     metrics = dict(zip(('rank_accuracy', 'margin', 'rank_ece'), pair_statistics(score, valid)),
                    rank_loss=plackett_luce_loss(score, 0, valid).mean().item(),
                    rank_accuracy_logp=pair_statistics(log_p, valid)[0], chosen_logp=log_p[:, 0].mean().item(),
@@ -46,9 +45,9 @@ def evaluate(run, samples_log):
         answers = sample(run, speaker, [group.prompt for group in groups], EVAL, 0)
         samples = group_batch([group._replace(answers=[answer]) for group, answer in zip(groups, answers)],
                               run.block_size)
-        own = for_all_groups(run, samples, lambda micro: token_log_prob(run, speaker, speaker, micro)).sum(-1)[:, 0]
+        own = log_prob_under(run, speaker, samples)[:, 0]
         entropy = for_all_groups(run, samples, lambda micro: token_entropy(run, speaker, micro)).sum()
-        started = for_all_groups(run, samples, lambda micro: token_log_prob(run, start, start, micro)).sum(-1)[:, 0]
+        started = log_prob_under(run, start, samples)[:, 0]
         ended = torch.tensor([answer[-1] == run.encoding.eot_token for answer in answers])
         length = samples['answer_length'].sum(1)
         metrics |= dict(kl=(own - started).mean().item(), entropy=(entropy / length.sum()).item(),

@@ -13,7 +13,7 @@ from configurator import Refusal, run
 SMOOTHING = 0.99  # of the moving average, for curves of 2500 points or more
 FEW_POINTS = 50   # below which a curve is drawn point by point, not smoothed
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#444444'  # Okabe & Ito: for all eyes
-INCIDENTAL = 'out_dir', 'resume', 'overwrite', 'stop_step', 'log_interval'  # options that name no run
+NAMELESS = 'out_dir', 'resume', 'overwrite', 'stop_step', 'log_interval'  # options that name no run
 TRAIN = [  # title, unit, {metric: (line, its meaning)}; over tokens
     ('Training cross-entropy', 'nats per token', {'train_ce': ('-', 'p')}),
     ('Validation cross-entropy', 'nats per token', {
@@ -97,7 +97,7 @@ def labels(out_dirs):
     except (OSError, ValueError):
         return folders
     keys = dict.fromkeys(['taylor_order', *(key for config in configs for key in config)])
-    differ = [key for key in keys if key not in INCIDENTAL and len({repr(config.get(key)) for config in configs}) > 1]
+    differ = [key for key in keys if key not in NAMELESS and len({repr(config.get(key)) for config in configs}) > 1]
     names = [', '.join(f'$T_{{{config[key]}}}$' if key == 'taylor_order' else f'{key}={config[key]}'.replace('$', r'\$')
                        for key in differ if key in config) for config in configs]
     return names if len(set(names)) == len(names) and all(0 < len(name) <= 60 for name in names) else folders

@@ -27,9 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import prepare_shp
-from answers import (DATA, TEACHER, Run, Stopped, answer_log_prob, for_all_groups, head_log_prob, load_start,
-                     log_prob_under, make_gpt, make_scorer, micro_batch, note_self, packed_rewards, past_self, post_of,
-                     rewards, sample, shares, shorten, text_of, token_log_prob, token_values, weights_hash)
+from answers import (DATA, TEACHER, Run, Stopped, answer_log_prob, answer_token_log_prob, for_all_groups, head_log_prob,
+                     load_pi_0, log_prob_under, make_gpt, make_scorer, micro_batch, note_self, packed_rewards,
+                     past_self, post_of, rewards, sample, shares, shorten, text_of, token_values, weights_hash)
 from configurator import Refusal, at_least, at_most
 from judge import (evaluate, held_out, report_between, report_nothing, report_policy_reward, report_reward,
                    show_samples)
@@ -163,7 +163,7 @@ def frozen_reward_model(cfg, start, encoding):
 
 def collect_rankings(run, iteration):
     """The data's rankings. No reference here: a reward model needs none."""
-    picked = pick_groups(run.groups['train'], run.cfg.seed, iteration, groups_per_iteration(run), run.cfg.max_answers)
+    picked = pick_groups(run.groups['train'], run.cfg.seed, iteration, iteration_size(run), run.cfg.max_answers)
     batch = group_batch(picked, run.block_size)
     return dict(batch, generator=torch.full_like(batch['answer_length'], DATA)), {}
 
@@ -192,7 +192,7 @@ def collect_league(run, iteration, teachers, selves):
     cfg, policy = run.cfg, run.trained['model']
     if iteration:
         note_self(run, iteration, keep=cfg.opponents > 1 and not teachers)
-    whole = pick_groups(run.groups['train'], cfg.seed, iteration, groups_per_iteration(run))
+    whole = pick_groups(run.groups['train'], cfg.seed, iteration, iteration_size(run))
     picked = shorten(run, whole)
     ranked = {DATA: [group.answers[0] for group in whole]}
     for who, teacher in teachers.items():
@@ -220,15 +220,15 @@ def collect_rollouts(run, iteration):
     """
     cfg, policy, critic = run.cfg, run.trained['model'], run.trained['critic']
     note_self(run, iteration)
-    picked = shorten(run, pick_groups(run.groups['train'], cfg.seed, iteration, groups_per_iteration(run)))
+    picked = shorten(run, pick_groups(run.groups['train'], cfg.seed, iteration, iteration_size(run)))
     K = cfg.answers_per_prompt
     answers = sample(run, policy, [group.prompt for group in picked for _ in range(K)], iteration, iteration)
     batch = group_batch([group._replace(answers=answers[i * K:(i + 1) * K]) for i, group in enumerate(picked)],
                         run.block_size)
     length, start = batch['answer_length'], past_self(run, 0)
     inside = answer_tokens(batch)
-    old_log_p = for_all_groups(run, batch, lambda micro: token_log_prob(run, policy, policy, micro))
-    start_log_p = for_all_groups(run, batch, lambda micro: token_log_prob(run, start, start, micro))
+    old_log_p = for_all_groups(run, batch, lambda micro: answer_token_log_prob(run, policy, policy, micro))
+    start_log_p = for_all_groups(run, batch, lambda micro: answer_token_log_prob(run, start, start, micro))
     value = for_all_groups(run, batch, lambda micro: token_values(run, critic, micro))
     raw = rewards(run, run.frozen['reward_model'], batch)
     last = batch['answer'].gather(2, length[..., None] - 1)[..., 0]
@@ -252,7 +252,7 @@ def collect_rollouts(run, iteration):
     return batch, dict({name: fact.item() for name, fact in facts.items()}, new_tokens=sum(map(len, answers)))
 
 
-def groups_per_iteration(run):
+def iteration_size(run):
     """cfg's number, or as many whole updates as one pass over the data fills."""
     count = run.cfg.groups_per_iteration or len(run.groups['train'].prompts) // run.cfg.groups_per_step * \
         run.cfg.groups_per_step
@@ -267,7 +267,7 @@ def groups_per_iteration(run):
 
 def implicit_score(run, batch):
     """s = beta (log pi(y|x) - log pi_ref(y|x)), (G, K), and the policy's log p of the tokens, (G, K, A)."""
-    log_p = token_log_prob(run, run.trained['model'], run.forward('model'), batch)
+    log_p = answer_token_log_prob(run, run.trained['model'], run.forward('model'), batch)
     own = answer_log_prob(log_p, run.cfg.token_order)
     return implicit_reward(own, batch['ref_log_p'], run.cfg.beta), log_p
 
@@ -280,35 +280,36 @@ def reward_score(run, batch):
         return reward, head_log_prob(scorer.gpt, packed, hidden) if run.cfg.sft_weight else None
 
 
-def ranking_loss(run, batch, share):
+def ranking_loss(run, batch, whole_step):
     """sum_k T_n(p_k) over the stages of each ranking, averaged over the step's groups: dpo, spin, distill, reward.
 
     sft_weight adds the best answers' cross-entropy a token (Pang et al. 2024; for rewards Yang et al. 2024).
     """
     score, log_p = run.method.score(run, batch)
     valid = batch['answer_length'] > 0
-    loss = plackett_luce_loss(score, run.cfg.rank_order, valid).sum() / share['groups']
+    loss = plackett_luce_loss(score, run.cfg.rank_order, valid).sum() / whole_step['groups']
     worst = score.gather(1, valid.sum(1, keepdim=True) - 1)
-    chance = plackett_luce_loss(torch.zeros_like(score), run.cfg.rank_order, valid).sum() / share['groups']
-    stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / share['groups'])
-    own = batch['generator'] == share['iteration']
+    chance = plackett_luce_loss(torch.zeros_like(score), run.cfg.rank_order, valid).sum() / whole_step['groups']
+    stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / whole_step['groups'])
+    own = batch['generator'] == whole_step['iteration']
     if own.any():  # self-play: how well data are told from what pi_t wrote
         margin = score[:, 0] - score[own]
-        stats |= dict(self_margin=margin.sum() / share['groups'], self_square=margin.square().sum() / share['groups'])
+        stats |= dict(self_margin=margin.sum() / whole_step['groups'],
+                      self_square=margin.square().sum() / whole_step['groups'])
     if run.cfg.sft_weight:
-        stats['sft_loss'] = -log_p[:, 0].sum() / share['best_tokens']
+        stats['sft_loss'] = -log_p[:, 0].sum() / whole_step['best_tokens']
         loss = loss + run.cfg.sft_weight * stats['sft_loss']
     return loss, stats
 
 
-def ppo_loss(run, batch, share):
+def ppo_loss(run, batch, whole_step):
     """Clipped policy and value losses, averaged over the step's answer tokens. No KL here: it is part of the reward."""
     cfg, inside = run.cfg, answer_tokens(batch)
-    log_p = token_log_prob(run, run.trained['model'], run.forward('model'), batch)
+    log_p = answer_token_log_prob(run, run.trained['model'], run.forward('model'), batch)
     value = token_values(run, run.forward('critic'), batch)
 
     def mean(x):
-        return x.masked_fill(~inside, 0.0).sum() / share['tokens']
+        return x.masked_fill(~inside, 0.0).sum() / whole_step['tokens']
 
     policy_loss = mean(ppo_policy_loss(log_p, batch['old_log_p'], batch['advantage'], cfg.clip_range))
     value_loss = mean(ppo_value_loss(value, batch['value'], batch['returns'], cfg.clip_range))
@@ -317,7 +318,7 @@ def ppo_loss(run, batch, share):
         stats = dict(loss=policy_loss, value_loss=value_loss,
                      clip_fraction=mean(((log_ratio.exp() - 1).abs() > cfg.clip_range).float()),
                      update_kl=mean(log_ratio.expm1() - log_ratio))  # >= 0 and unbiased, Schulman's k3
-        if share['update'] == 0:
+        if whole_step['update'] == 0:
             stats['ratio_first'] = mean(log_ratio.exp())
     # two modules with a gradient each: the sum needs no weights
     return policy_loss + value_loss, stats
@@ -327,7 +328,7 @@ class Method(NamedTuple):
     """A row of METHODS. The loop below names no method; what only some of them bring, it finds by its name."""
     build: Callable    # (cfg, start, encoding, train's groups) -> (modules to train, modules kept frozen)
     collect: Callable  # (run, iteration) -> (batch, facts): tensors with G in front; numbers for the log
-    loss: Callable     # (run, micro-batch, share) -> (loss, stats), sums over the micro-batch over what the step holds
+    loss: Callable     # (run, micro-batch, whole_step) -> (loss, stats), sums over the former over counts of the latter
     score: Callable    # (run, micro-batch) -> scores (G, K), log p (G, K, A)
     report: Callable   # (run, samples, posts, their rewards) -> what it adds to an evaluation
     best: str          # the metric by which best.pt is chosen; '' = the latest is the best
@@ -392,7 +393,7 @@ def read_iteration(run, iteration, digest):
 
 
 def steps_per_iteration(run):
-    return run.cfg.inner_epochs * (groups_per_iteration(run) // run.cfg.groups_per_step)
+    return run.cfg.inner_epochs * (iteration_size(run) // run.cfg.groups_per_step)
 
 
 def step_rows(run, batch, update):
@@ -416,7 +417,7 @@ def main(cfg):
     cfg = replace(cfg, source=data.meta['source'], columns=tuple(data.meta['columns']))  # what a run need not name
     encoding, out = prepare_shp.encoding(data.meta['encoding']), Path(cfg.out_dir)
     resuming = cfg.resume and checkpoints(out)
-    start = load_start(cfg, resuming, encoding)
+    start = load_pi_0(cfg, resuming, encoding)
     groups = {split: data.groups(split) for split in {'train', cfg.eval_split}}
     trained, frozen = method.build(cfg, start, encoding, groups['train'])
     for module in (*trained.values(), *frozen.values()):
@@ -466,7 +467,7 @@ def main(cfg):
         machine.print(f'{cfg.method}: ' +
                       ', '.join(f'{name} of {sum(p.numel() for p in module.parameters()):,} parameters'
                                 for name, module in {**trained, **frozen}.items()) +
-                      f'\n{cfg.iterations} iteration(s) of {groups_per_iteration(run):,} prompts, each with '
+                      f'\n{cfg.iterations} iteration(s) of {iteration_size(run):,} prompts, each with '
                       f'{per_iteration} updates on {cfg.groups_per_step} prompts: {cfg.max_iters:,} updates')
 
         def weights():
@@ -519,13 +520,13 @@ def main(cfg):
                                   f'{new_tokens:,} sampled tokens, collected in '
                                   f'{time.perf_counter() - since:.1f} s')
                 rows = step_rows(run, batch, update)
-                share = dict(iteration=iteration, update=update, groups=len(rows),  # what the whole step holds
-                             tokens=int(batch['answer_length'][rows].sum()),
-                             best_tokens=int(batch['answer_length'][rows, 0].sum()))
-                stats = accumulate(run, updates, batch, rows, share)
+                whole_step = dict(iteration=iteration, update=update, groups=len(rows),
+                                  tokens=int(batch['answer_length'][rows].sum()),
+                                  best_tokens=int(batch['answer_length'][rows, 0].sum()))
+                stats = accumulate(run, updates, batch, rows, whole_step)
                 lr, grad_norm = lr_at(run.step, cfg), updates.step(run.step + 1, save_state)
                 run.step += 1
-                tokens += share['tokens']
+                tokens += whole_step['tokens']
                 sums = machine.sum(torch.stack(list(stats.values())).tolist() + stop.flags())
                 stats, signals = dict(zip(stats, sums)), sums[len(stats):]
                 facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
@@ -583,7 +584,7 @@ def start_folders(run, start):
                 path.unlink()
 
 
-def accumulate(run, updates, batch, rows, share):
+def accumulate(run, updates, batch, rows, whole_step):
     """The gradient of a step's groups, this rank's share of them in micro-batches -> the sums of their stats."""
     parts, totals = shares(run, batch, rows), {}
     for i, part in enumerate(parts):
@@ -591,7 +592,7 @@ def accumulate(run, updates, batch, rows, share):
             if run.machine.world_size > 1 and i + 1 < len(parts):  # gradients travel once a step
                 for module in run.ddp.values():
                     stack.enter_context(module.no_sync())
-            loss, stats = run.method.loss(run, micro_batch(run, batch, part), share)
+            loss, stats = run.method.loss(run, micro_batch(run, batch, part), whole_step)
             updates.backward(loss * run.machine.world_size)  # DDP averages over ranks; the mean of the step is wanted
         for name, value in stats.items():
             totals[name] = totals.get(name, 0.0) + value.detach()

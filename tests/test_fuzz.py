@@ -304,7 +304,7 @@ def test_a_changed_checkpoint_is_used_or_refused(rng, junk):
     state = change(torch.load('start/ckpt_00000040.pt', weights_only=True), rng, junk)
     torch.save(state, 'fuzzed_start/ckpt_00000040.pt')
     cfg = test_preference.config('unused', init_from='fuzzed_start')
-    attempts = [lambda: answers.make_gpt(answers.load_start(cfg, False, ENCODING)),
+    attempts = [lambda: answers.make_gpt(answers.load_pi_0(cfg, False, ENCODING)),
                 lambda: train.main(train.Config(**{**START, 'out_dir': 'fuzzed_start', 'resume': True})),
                 lambda: sample.main(sample.Config(out_dir='fuzzed_start', checkpoint='last', max_new_tokens=2,
                                                   device='cpu', prompt='x'))]

@@ -80,7 +80,7 @@ def a_run(tmp_path, method, **changes):
     cfg = config(tmp_path / 'run', method, **changes)
     data = prepare_shp.open_dataset(cfg)
     encoding = prepare_shp.encoding('bytes')
-    start = answers.load_start(cfg, False, encoding)
+    start = answers.load_pi_0(cfg, False, encoding)
     trained, frozen = preference.METHODS[method].build(cfg, start, encoding, data.groups('train'))
     (tmp_path / 'run' / 'selves').mkdir(parents=True)
     save_checkpoint(tmp_path / 'run' / 'selves', dict(start, step=0), '0000.pt')
@@ -90,7 +90,7 @@ def a_run(tmp_path, method, **changes):
     return run, start
 
 
-def share_of(batch, iteration=0, update=0):
+def whole_step_of(batch, iteration=0, update=0):
     return dict(iteration=iteration, update=update, groups=len(batch['group']),
                 tokens=int(batch['answer_length'].sum()), best_tokens=int(batch['answer_length'][:, 0].sum()))
 
@@ -132,7 +132,7 @@ def test_packed_rows_give_what_separate_texts_give(tmp_path, read):
     torch.nn.init.normal_(scorer.head.weight)
     batch = group_batch(pick_groups(run.groups['train'], 0, 0, 12), 80)
     micro = on_device(run, batch)
-    log_p = answers.token_log_prob(run, model, model, micro)
+    log_p = answers.answer_token_log_prob(run, model, model, micro)
     reward, *_ = answers.packed_rewards(run, scorer, scorer, micro)
     upstream = torch.randn(log_p.shape, dtype=torch.float64)
     gradients, values = [], {}
@@ -161,11 +161,11 @@ def test_padding_gets_no_gradient_and_changes_nothing(tmp_path):
     model = run.trained['model'].double()
     batch = group_batch(pick_groups(run.groups['train'], 0, 0, 6), 80)
     micro = on_device(run, batch)
-    whole = answers.token_log_prob(run, model, model, micro)
+    whole = answers.answer_token_log_prob(run, model, model, micro)
     for name in ('prompt', 'answer'):  # junk behind every text
         length = micro[f'{name}_length'][..., None]
         micro[name] = torch.where(torch.arange(micro[name].shape[-1]) < length, micro[name], 99)
-    junk = answers.token_log_prob(run, model, model, micro)
+    junk = answers.answer_token_log_prob(run, model, model, micro)
     assert torch.equal(whole, junk)
 
 
@@ -196,7 +196,7 @@ def test_ranking_loss_by_brute_force(tmp_path, rank_order, token_order):
             p = [torch.exp(s) / sum(torch.exp(x) for x in scores[k:]) for k, s in enumerate(scores)]
             losses.append(sum(-torch.log(x) - sum((1 - x) ** i / i for i in range(1, rank_order + 1)) for x in p))
     batch |= dict(ref_log_p=ref, generator=torch.full_like(batch['answer_length'], answers.DATA))
-    loss, stats = preference.ranking_loss(run, on_device(run, batch), share_of(batch))
+    loss, stats = preference.ranking_loss(run, on_device(run, batch), whole_step_of(batch))
     assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-9)
     chance = [sum(taylor_loss(torch.tensor(1 / m).log(), rank_order).item() for m in range(2, len(g.answers) + 1))
               for g in picked]
@@ -216,13 +216,13 @@ def test_two_answers_are_dpo_and_selfplay_with_given_pairs_is_dpo(tmp_path):
     log_p = answers.log_prob_under(run, run.trained['model'], batch)
     ratio = log_p - batch['ref_log_p']
     dpo = -F.logsigmoid(run.cfg.beta * (ratio[:, 0] - ratio[:, 1])).mean()
-    loss, stats = preference.ranking_loss(run, on_device(run, batch), share_of(batch))
+    loss, stats = preference.ranking_loss(run, on_device(run, batch), whole_step_of(batch))
     assert loss.item() == pytest.approx(dpo.item(), rel=1e-5) and batch['answer'].shape[1] == 2
     margin = run.cfg.beta * (ratio[:, 0] - ratio[:, 1])
     assert stats['self_margin'].item() == pytest.approx(margin.mean().item(), rel=1e-4)
     assert stats['self_square'].item() == pytest.approx(margin.square().mean().item(), rel=1e-4)
     run.method = preference.METHODS['dpo']
-    assert preference.ranking_loss(run, on_device(run, batch), share_of(batch))[0].item() == loss.item()
+    assert preference.ranking_loss(run, on_device(run, batch), whole_step_of(batch))[0].item() == loss.item()
 
 
 @pytest.mark.parametrize('K', [2, 3, 5])
@@ -564,9 +564,9 @@ def test_first_minibatch_of_ppo(tmp_path, changes):
     """Ratio 1, KL 0, value 0, and each prompt's returns average 0, in float32, to 1e-4."""
     run, _ = a_run(tmp_path, 'ppo', answers_per_prompt=6, **changes)
     batch, facts = preference.collect_rollouts(run, 0)
-    loss, stats = preference.ppo_loss(run, on_device(run, batch), share_of(batch))
+    loss, stats = preference.ppo_loss(run, on_device(run, batch), whole_step_of(batch))
     micro = on_device(run, batch)
-    log_p = answers.token_log_prob(run, run.trained['model'], run.trained['model'], micro)
+    log_p = answers.answer_token_log_prob(run, run.trained['model'], run.trained['model'], micro)
     assert ((log_p - micro['old_log_p']).exp() - 1).abs().max() < 1e-4
     assert stats['ratio_first'].item() == pytest.approx(1, abs=1e-5) and abs(facts['train_kl']) < 1e-4
     assert stats['clip_fraction'] == 0 and abs(stats['update_kl']) < 1e-6 and (batch['value'] == 0).all()
