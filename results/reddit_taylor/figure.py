@@ -34,10 +34,10 @@ PICTURES = dict(
             ('whole64', '64 channels: texts seen in training (dotted), new ones', SEEN_AND_NEW, (0, 14)),
             ('whole1024', '1024 channels: a fixed sample', {'probe_ce': '-'}, (2, 10)),
             ('whole1024', '1024 channels: texts seen in training (dotted), new ones', SEEN_AND_NEW, (0, 14))],
-    seeds=[('row', 'By row: all texts', {'val_ce': '-'}, (2, 8)),
-           ('row', 'By row: texts seen in training (dotted), new ones', SEEN_AND_NEW, (0, 10)),
-           ('post', 'By post: all texts', {'val_ce': '-'}, (5, 10)),
-           ('post', 'By post: all texts, of link_n(p)', {'val_ce_link': '-'}, (5, 10))])
+    seeds=[('row', 'By row: all texts', {'val_ce': '-'}, (4, 8)),
+           ('row', 'By row: texts seen in training (dotted), new ones', SEEN_AND_NEW, (0, 12)),
+           ('post', 'By post: all texts', {'val_ce': '-'}, (6, 10)),
+           ('post', 'By post: all texts, of link_n(p)', {'val_ce_link': '-'}, (6, 10))])
 
 
 def read():
