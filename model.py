@@ -32,6 +32,8 @@ class GPTConfig:
             value = getattr(self, field.name)
             if type(value) is not field.type and (field.type, type(value)) != (float, int):
                 raise TypeError(f'{field.name}={str(value)[:80]} is no {field.type.__name__}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout} is no probability below 1')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} does not divide by n_head={self.n_head}; '
                              f'pick a multiple of {self.n_head}')
@@ -364,6 +366,8 @@ def _misfit(state):
             module = module if name == 'model' else ScalarHead(module)
         if {key: w.shape for key, w in state[name].items()} != {key: w.shape for key, w in module.state_dict().items()}:
             return f'its {name} is not of its model_config'
+        if not all(w.is_floating_point() and w.isfinite().all() for w in state[name].values()):
+            return f'its {name} has weights that are no finite numbers'
 
 
 def load_run(cfg, option):

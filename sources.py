@@ -304,6 +304,8 @@ def _from_hub(name, columns):
 
 
 def _lines(path):
+    if Path(path).is_char_device():
+        raise Refusal(f'{path} is a device; name a file of JSON lines')
     try:
         with open(path, 'rb') as file:
             for number, line in enumerate(file):
@@ -323,6 +325,8 @@ def parsed(line):
             raise ValueError('not UTF-8')
         except (ValueError, RecursionError):
             raise ValueError('not JSON')
+    if isinstance(line, list):
+        raise ValueError('a JSON array, not an object; write one object a line')
     if not isinstance(line, dict):
         raise ValueError('not a JSON object')
     return line

@@ -45,8 +45,8 @@ LOGITS = dict(cpu=2 ** 21, mps=2 ** 24, cuda=2 ** 27)  # that an evaluation hold
 ECE_BINS = 15              # of equal width, over the confidence of the likeliest token
 NUMBERED = '[0-9]' * 4 + '*.*'  # the files of iterations/ and selves/
 # what overwrite deletes, and the options that may differ between a run and its exact resume
-RUN_FILES = ('ckpt_*', 'best.*', 'config.json', 'metrics.jsonl', '*.png', 'samples.jsonl', f'iterations/{NUMBERED}',
-             f'selves/{NUMBERED}', 'tensorboard', 'wandb', 'wandb.id')
+RUN_FILES = ('ckpt_*', 'best.pt', 'best.tmp-*', 'config.json', 'metrics.jsonl', 'loss.png', 'preference.png',
+             'samples.jsonl', f'iterations/{NUMBERED}', f'selves/{NUMBERED}', 'tensorboard', 'wandb', 'wandb.id')
 INCIDENTAL = ('resume', 'overwrite', 'out_dir', 'stop_step', 'log_interval', 'wandb', 'tensorboard', 'device', 'dtype',
               'compile', 'workers')
 
@@ -62,7 +62,7 @@ class RunConfig(prepare_shp.Config):
     dtype: str = 'auto'           # of matrix products: float32, bfloat16, float16; auto = bfloat16 where the GPU has it
     compile: bool | None = None   # torch.compile the model; None = on CUDA only
     eval_interval: int = 200      # steps between checkpoints, each followed by an evaluation
-    eval_split: str = 'val'       # val, or test for a final result
+    eval_split: str = 'val'       # val; test for a final result; train for what was learned by heart
     log_interval: int = 10        # steps between lines of the log
     wandb: bool = False           # send metrics to Weights & Biases too, offline without a login; pip install wandb
     tensorboard: bool = False     # write them to out_dir/tensorboard too; pip install tensorboard
@@ -300,6 +300,8 @@ def open_run(cfg, machine):
                 raise Refusal(f'{out} has lost its checkpoints, though it was evaluated at step {step}, and best.pt is '
                               'none to go on from; choose another --out_dir, or delete it all with --overwrite=True')
             machine.print(f'nothing to resume in {out}: starting at step 0')
+        elif not cfg.resume and any(out.iterdir()) and not holds_run(out):
+            raise Refusal(f'{out} is not empty and holds no run, so nothing in it is touched; choose another --out_dir')
         elif not cfg.resume and not cfg.overwrite and any(out.iterdir()):
             raise Refusal(f'{out} is not empty; add --resume=True to go on with the run in it, --overwrite=True to '
                           f'delete that run, or choose another --out_dir')
@@ -326,6 +328,15 @@ def evaluated_step(out):
     if (out / 'best.pt').exists():
         steps.append(load_checkpoint(out, 'best.pt')['step'])
     return max(steps, default=0)
+
+
+def holds_run(out):
+    """Whether there is in the folder what a run of ours leaves."""
+    try:
+        ours = 'out_dir' in json.loads((out / 'config.json').read_text())
+    except (OSError, ValueError, TypeError):
+        ours = False
+    return ours or bool(checkpoints(out)) or (out / 'metrics.jsonl').exists()
 
 
 def delete_run(out):

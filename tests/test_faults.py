@@ -477,6 +477,16 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path, kind):
     assert load_checkpoint(tmp_path / 'run')['step'] == 3
 
 
+def test_a_folder_that_holds_no_run_is_not_touched(tmp_path):
+    files = {name: 'mine' for name in ('best.pt', 'loss.png', 'thesis.txt')} | {'config.json': '{"model_type": "bert"}'}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for overwrite in (False, True):
+        with pytest.raises(Refusal, match='holds no run, so nothing in it is touched'):
+            train.main(config('train', tmp_path, overwrite=overwrite))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
 def test_a_read_only_folder_is_told_before_the_first_step(tmp_path, folder, monkeypatch, capsys):
     """As a user who may read the data and not write; root, who may do anything, becomes nobody meanwhile."""
     readonly = folder / 'readonly'

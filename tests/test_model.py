@@ -1,10 +1,12 @@
 """The transformer against itself, cached against uncached; checkpoints are whole or not there."""
+import math
 import os
 import pickle
 import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -55,6 +57,8 @@ def test_parameters_and_heads():
         GPTConfig(61, 8, 1, 8, 100)
     with pytest.raises(TypeError, match=r'n_layer=tensor\(True\) is no int'):
         GPTConfig(61, 8, torch.tensor(True), 8, 64)
+    with pytest.raises(ValueError, match='dropout=nan is no probability below 1'):
+        GPTConfig(61, 8, 1, 8, 64, dropout=math.nan)
     with pytest.raises(ValueError, match='33 tokens do not fit into block_size=32'):
         tied(torch.zeros(1, 33, dtype=torch.long))
 
@@ -184,6 +188,15 @@ def test_a_damaged_latest_checkpoint_is_passed_over(tmp_path, capsys):
         load_checkpoint(tmp_path)
     with pytest.raises(Refusal, match='no checkpoint'):
         load_checkpoint(tmp_path / 'nowhere')
+
+
+@pytest.mark.parametrize('spoil', [lambda w: w * math.nan, lambda w: w.to(torch.int8)])
+def test_weights_that_are_no_numbers_are_damage(spoil, tmp_path, capsys):
+    weights = {name: spoil(w) for name, w in GPT(CONFIG).state_dict().items()}
+    save_checkpoint(tmp_path, dict(step=1, model_config=asdict(CONFIG), model=weights))
+    with pytest.raises(Refusal, match='no valid checkpoint|no sound checkpoint'):
+        load_checkpoint(tmp_path)
+    assert 'its model has weights that are no finite numbers' in capsys.readouterr().out
 
 
 class Payload:
