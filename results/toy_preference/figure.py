@@ -18,7 +18,7 @@ from losses import renormalize_reward  # noqa: E402
 
 RUNS = {'reward': 'reward model', 'dpo': 'DPO', 'dpo-k4': 'K = 4 at most', 'dpo-k2': 'K = 2, equal tokens',
         'dpo-rank1': 'rank_order 1', 'dpo-rank2': 'rank_order 2', 'dpo-token1': 'token_order 1',
-        'dpo-token2': 'token_order 2', 'spin-1': 'SPIN', 'spin-2': '2 opponents', 'spin-3': '3 opponents',
+        'dpo-token2': 'token_order 2', 'dpo-beta3': 'beta 3', 'spin-1': 'SPIN', 'spin-2': '2 opponents', 'spin-3': '3 opponents',
         'distill': 'distillation', 'ppo': 'PPO, n = 2', 'ppo-n3': 'n = 3, monotone', 'ppo-n3-bare': 'n = 3, bare',
         'ppo-batch': 'n = 2 per batch'}
 BASE = dict(dpo='dpo', spin='spin-1', distill='spin-1', ppo='ppo')  # what a method's runs are compared with
@@ -84,7 +84,7 @@ def picture(runs, path):
         (dpo, spin), (ppo, reward) = figure.subplots(2, 2)
         for i, name in enumerate(name for name in RUNS if name.startswith('dpo')):
             ends = [evals[-1] for evals in runs[name].values()]
-            dpo.plot([e['kl'] for e in ends], [e['true_quality'] for e in ends], 'osDv^Ph'[i],
+            dpo.plot([e['kl'] for e in ends], [e['true_quality'] for e in ends], 'osDv^Ph*'[i],
                      color=(plot.COLOURS * 2)[i], label=RUNS[name])
         dpo.set(title='DPO: where its variants end', xlabel='KL to the start, nats an answer', ylabel='true quality')
         for ax, names, x, y in ((spin, ('spin-1', 'spin-2', 'spin-3', 'distill'), 'step', 'true_quality'),
