@@ -326,7 +326,7 @@ def parsed(line):
         except (ValueError, RecursionError):
             raise ValueError('not JSON')
     if isinstance(line, list):
-        raise ValueError('a JSON array, not an object; write one object a line')
+        raise ValueError('not a JSON object but an array; write one object a line')
     if not isinstance(line, dict):
         raise ValueError('not a JSON object')
     return line

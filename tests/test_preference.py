@@ -418,7 +418,7 @@ def test_teachers_of_three_kinds(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('lines, words', [
     (['', '{"prompt": "a"}'], 'line 2: completion is missing or null'),
-    (['[1]', 'rubbish'], 'line 1: it is a JSON array, .*; line 2: it is not JSON'),
+    (['[1]', 'rubbish'], 'line 1: it is not a JSON object but an array; .*; line 2: it is not JSON'),
     (['{"post_id": "a", "completion": " "}'], 'line 1: completion is empty'),
     (['[' * 200_000], 'line 1: it is not JSON'),
     (['{"post_id": "a", "completion": "x", "ended": "no"}'], 'line 1: .* ended is neither true nor false'),

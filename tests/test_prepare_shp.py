@@ -371,7 +371,7 @@ BAD = {
     'scores rise from one response to the next': dict(prompt='q', responses=['a', 'b'], scores=[1, 2]),
     'scores is not a list as long as responses': dict(prompt='q', responses=['a', 'b'], scores=[2]),
     'prompt is missing or null': dict(chosen='a', rejected='b'),
-    'a JSON array, not an object; write one object a line': [1, 2],
+    'not a JSON object but an array; write one object a line': [1, 2],
 }
 
 
