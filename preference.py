@@ -546,10 +546,9 @@ def main(cfg):
                     facts |= dict(self_margin_mean=mean, self_margin_error=error)
                     lead, ended = [0, 0.0, 0.0], cfg.margin_stop > 0 and mean <= cfg.margin_stop * error
                     if ended:
-                        why = ('within the noise' if stats['loss'] <= stats['chance_loss'] else 'and the loss is above '
-                               'chance: the policy has lost its way; try a smaller learning_rate or a larger beta')
                         machine.print(f'self-play ends after iteration {iteration}: data lead self by {mean:.4f} +- '
-                                      f'{error:.4f}, {why}')
+                                      f'{error:.4f}, within the noise (the last loss is {stats["loss"]:.4f}, that of '
+                                      f'chance {stats["chance_loss"]:.4f})')
 
                 if run.step % cfg.log_interval == 0 or run.step % per_iteration == 0:
                     now, total = time.perf_counter(), tokens + run.sampled_tokens

@@ -635,17 +635,16 @@ def evaluate(model, documents, cfg, machine, order, stop):
             valid = targets.reshape(-1) >= 0
             hidden = hidden.flatten(0, 1)[valid.to(machine.device)]
             targets, leaked = targets.reshape(-1)[valid].to(machine.device), leaked.reshape(-1)[valid]
-            for rows in torch.arange(len(targets)).split(logit_rows(model)):
-                log_p = model.logits(hidden[rows]).log_softmax(-1)
-                target = targets[rows, None]
+            for h, target, known in zip(*(x.split(logit_rows(model)) for x in (hidden, targets[:, None], leaked))):
+                log_p = model.logits(h).log_softmax(-1)
                 tokens = [(log.gather(1, target)[:, 0], *log.max(1), torch.special.entr(log.exp()).sum(1))
                           for log in ((log_p, taylor_link(log_p, order)) if order else (log_p,))]
                 tokens = [tokens[0], tokens[-1]]  # T_0's link is p itself
                 ce, ce_link = (-at_target.cpu().double() for at_target, *_ in tokens)
                 right = (tokens[0][2] == target[:, 0]).cpu().double()
                 entropy, entropy_link = ((1 - right) @ entropy.cpu().double() for *_, entropy in tokens)
-                sums += torch.stack([torch.tensor(float(len(rows))), ce.sum(), ce_link.sum(), right.sum(), entropy,
-                                     entropy_link, leaked[rows].sum(), ce[leaked[rows]].sum()])
+                sums += torch.stack([torch.tensor(float(len(h))), ce.sum(), ce_link.sum(), right.sum(), entropy,
+                                     entropy_link, known.sum(), ce[known].sum()])
                 for b, (_, top, *_) in zip(bins, tokens):
                     confidence = top.exp().cpu().double().nan_to_num(0.0)  # of a model that is no more: its CE says so
                     bin = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
