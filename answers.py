@@ -6,16 +6,16 @@ G in front: prepare_shp.group_batch's, and what (G, K) or (G, K, A) a method add
 import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import prepare_shp
 from configurator import Refusal, progress
-from huggingface import crop, open_start
 from losses import linear_token_log_prob, taylor_loss
-from model import GPT, GPTConfig, ScalarHead, load_checkpoint, not_own_folder, save_checkpoint
-from prepare_shp import pack
+from model import GPT, GPTConfig, ScalarHead
+from runs import crop, load_checkpoint, not_own_folder, open_start, save_checkpoint
 
 DATA, TEACHER = -1, -2   # who wrote an answer; t >= 0 is pi_t
 MASK_ENTRIES = 2 ** 25  # of attention's masks, that a micro-batch may hold
@@ -49,6 +49,94 @@ class Run:
 
 class Stopped(Exception):
     """A signal came during a collection or an evaluation; all ranks leave it together."""
+
+
+# Rows of answers -----------------------------------------------------------------------------------------------------
+
+
+def group_batch(picked, block_size, max_answer_length=0):
+    """list of Group -> dict of padded int64 tensors, every field with G in front, best answers first:
+
+        prompt (G, P), prompt_length (G,), answer (G, K, A), answer_length (G, K), 0 = no such answer, group (G,)
+
+    A prompt and any of its answers fit into the block: an answer is cut to max_answer_length (0 = the block less one),
+    without its end-of-text then, and a prompt that is too long for the longest answer loses its beginning.
+    """
+    limit = max_answer_length or block_size - 1
+    answers = [[answer[:limit] for answer in group.answers] for group in picked]
+    prompts = [group.prompt[-(block_size - max(map(len, of_group))):] for group, of_group in zip(picked, answers)]
+    K, A = max(map(len, answers)), max(len(answer) for of_group in answers for answer in of_group)
+    prompt = np.zeros((len(picked), max(map(len, prompts))), np.int64)
+    answer, length = np.zeros((len(picked), K, A), np.int64), np.zeros((len(picked), K), np.int64)
+    for g, (ids, of_group) in enumerate(zip(prompts, answers)):
+        prompt[g, :len(ids)] = ids
+        for k, ids in enumerate(of_group):
+            answer[g, k, :len(ids)], length[g, k] = ids, len(ids)
+    arrays = dict(prompt=prompt, prompt_length=np.array([len(ids) for ids in prompts]), answer=answer,
+                  answer_length=length, group=np.array([group.number for group in picked]))
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def answer_tokens(batch):
+    """Which places of a group_batch's `answer` hold a token: (G, K, A) bool."""
+    return torch.arange(batch['answer'].shape[2], device=batch['answer'].device) < batch['answer_length'][..., None]
+
+
+class Packed(NamedTuple):
+    """Groups as rows of tokens in which a prompt stands once for all its answers: P - 1 tokens of the prompt, then for
+    each answer the prompt's last token and the answer's own. What GPT.forward takes, and where to read what it gives.
+    """
+    idx: torch.Tensor        # (G, T) int64
+    targets: torch.Tensor    # (G, T) int64: the next token of the same answer, -1 where there is none
+    positions: torch.Tensor  # (G, T) int64: of a token in its own text, prompt and one answer
+    mask: torch.Tensor       # (G, 1, T, T) bool: a token sees the prompt and what stands before it in its answer
+    place: torch.Tensor      # (G, K, A) int64: where in T each token of an answer is the target
+    end: torch.Tensor        # (G, K) int64: where in T the answer's last token stands
+    inside: torch.Tensor     # (G, K, A) bool: False = padding
+
+    def tokens(self, x, after=0):
+        """x (G, T) -> what it holds where each answer token is the target: (G, K, A), 0 in the padding.
+
+        after=1: where the token itself stands, one place further on.
+        """
+        return x.gather(1, (self.place + after * self.inside).flatten(1)).view(self.place.shape).masked_fill(
+            ~self.inside, 0.0)
+
+    def ends(self, x):
+        """x (G, T) -> what it holds at each answer's last token: (G, K), 0 where there is no answer."""
+        return x.gather(1, self.end).masked_fill(~self.inside[..., 0], 0.0)
+
+
+def pack(batch):
+    """A group_batch -> Packed, on the batch's device."""
+    prompt, stem, answer, length = batch['prompt'], batch['prompt_length'] - 1, batch['answer'], batch['answer_length']
+    (G, K, A), P, device = answer.shape, prompt.shape[1], prompt.device
+    size = length + (length > 0)                                # of an answer's stretch of the row
+    first = stem[:, None] + size.cumsum(1) - size               # where it begins
+    T = int((stem + size.sum(1)).max())                         # column T takes what is padding, and is cut off
+    inside = answer_tokens(batch)
+    place = first[..., None] + torch.arange(A, device=device)
+    stretch = torch.arange(A + 1, device=device).expand(G, K, A + 1)
+    there = torch.where(stretch < size[..., None], first[..., None] + stretch, T).flatten(1)
+    in_prompt = torch.arange(P, device=device).expand(G, P)
+    in_prompt_there = torch.where(in_prompt < stem[:, None], in_prompt, T)
+
+    def fill(outside, of_prompt, of_answers):
+        row = torch.full((G, T + 1), outside, device=device)
+        return row.scatter_(1, in_prompt_there, of_prompt).scatter_(1, there, of_answers.flatten(1))[:, :T]
+
+    last = prompt.gather(1, stem[:, None])[:, None].expand(G, K, 1)
+    nothing = torch.full((G, K, A + 1), -1, device=device)
+    idx = fill(0, prompt, torch.cat([last, answer], 2))
+    targets = fill(-1, nothing[:, 0, :1].expand(G, P), torch.where(
+        stretch < length[..., None], torch.cat([answer, nothing[..., :1]], 2), -1))
+    positions = fill(0, in_prompt, stem[:, None, None] + stretch)
+    text = fill(-1, torch.zeros_like(prompt), torch.arange(1, K + 1, device=device)[:, None].expand(G, K, A + 1))
+    before = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    mask = before & ((text[:, :, None] == text[:, None]) | (text[:, None] == 0))
+    return Packed(idx, targets, positions, mask[:, None], place.clamp(max=T - 1),
+                  (first + length).clamp(max=T - 1), inside)
+
 
 
 # Through a model ------------------------------------------------------------------------------------------------------

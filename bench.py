@@ -34,12 +34,13 @@ from torch.nn.parallel import DistributedDataParallel
 import plot
 import prepare_shp
 import toy_shp
-from answers import answer_log_prob, answer_token_log_prob
+from answers import answer_log_prob, answer_token_log_prob, group_batch
 from configurator import Refusal, at_least, run
 from losses import chunk_rows_for, linear_taylor_loss, linear_token_log_prob, plackett_luce_loss
-from model import GPT, GPTConfig, save_checkpoint
-from train import (DEVICES, Config as TrainConfig, StopSignal, Updates, matmul_peak, peak_memory, setup, synchronize,
-                   write_whole)
+from model import GPT, GPTConfig
+from runs import (DEVICES, StopSignal, Updates, matmul_peak, peak_memory, save_checkpoint, setup, synchronize,
+                  write_whole)
+from train import Config as TrainConfig
 
 VOCABULARY = prepare_shp.VOCABULARIES['gpt2']  # the heads' weights are padded
 F32, BF16 = torch.float32, torch.bfloat16
@@ -248,7 +249,7 @@ def preference(cfg, machine, K, prompt=256, answer=64):
     """Plackett-Luce DPO on one prompt of 256 tokens with answers of 64, 6 layers x 384, forward and backward."""
     ids = torch.randint(VOCABULARY, (prompt + K * answer,)).tolist()
     group = prepare_shp.Group(0, '', ids[:prompt], [ids[i:i + answer] for i in range(prompt, len(ids), answer)])
-    batch = {name: x.to(machine.device) for name, x in prepare_shp.group_batch([group], prompt + answer).items()}
+    batch = {name: x.to(machine.device) for name, x in group_batch([group], prompt + answer).items()}
     copies = torch.cat([batch['prompt'].expand(K, prompt), batch['answer'][0]], 1)
 
     def padded(dtype, only_answers=False):

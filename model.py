@@ -1,19 +1,16 @@
-"""The transformer, its key-value cache, generation, and checkpoints in and out.
+"""The transformer, its key-value cache and generation.
 
 A GPT-2: pre-LayerNorm blocks, tanh-GELU, learned positions (Radford et al. 2019). `forward` returns hidden states and
 `logits` is apart, so that training can put head and loss together (losses.linear_taylor_loss).
 """
 import math
-import os
-import zipfile
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import Refusal
+LOGITS = dict(cpu=2 ** 21, mps=2 ** 24, cuda=2 ** 27)  # that an evaluation holds at once: few, for caches of a CPU
 
 
 @dataclass(frozen=True)
@@ -255,148 +252,6 @@ def _draw(p, u):
     return i[:, 0], within[:, 0].clamp(0, 1 - 2 ** -24)
 
 
-# Checkpoints ---------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(out_dir, state, name=None, keep=2):
-    """Writes `state` (tensors and primitives, with 'step') to out_dir/name, default ckpt_{step:08d}.pt, all or nothing.
-
-    A temporary file in the same folder is written, synced, checked and renamed: a kill at any moment leaves the old
-    files whole. Of the numbered checkpoints the last `keep` stay. Returns the path.
-    """
-    out_dir = Path(out_dir)
-    path = out_dir / (name or f'ckpt_{state["step"]:08d}.pt')
-    temporary = path.with_suffix(f'.tmp-{os.getpid()}')
-    try:
-        with open(temporary, 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if problem := _damage(temporary):
-            raise Refusal(f'{temporary} was not written correctly ({problem}); is the disk sound?')
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter torch's word for a write that failed
-        raise Refusal(f'{path} could not be written ({first_line(error)}); is the disk full, or its folder '
-                      'missing?') from None
-    finally:
-        for rest in out_dir.glob('*.tmp-*'):  # of this save, if it failed, and of one that was killed
-            rest.unlink()
-    folder = os.open(out_dir, os.O_RDONLY)
-    os.fsync(folder)  # the rename too must survive a power cut
-    os.close(folder)
-    for old in checkpoints(out_dir)[:-keep]:
-        old.unlink()
-    return path
-
-
-def checkpoints(folder):
-    """The numbered checkpoints in `folder`, oldest first; a copy under a name of one's own is none of them."""
-    return sorted(path for path in Path(folder).glob('ckpt_*.pt') if path.stem.removeprefix('ckpt_').isdigit())
-
-
-def load_checkpoint(where, name=None):
-    """The state in the file `where`, or in the folder `where`: its latest valid ckpt_*.pt, or the file `name` in it.
-
-    Only tensors and primitives are read (weights_only), onto the CPU. A damaged checkpoint is passed over with a
-    warning. Refuses where there is none, or none that is valid.
-    """
-    where = Path(where)
-    paths = [where] if where.is_file() else [where / name] if name else checkpoints(where)[::-1]
-    if not paths or not paths[0].exists():
-        raise Refusal(f'there is no checkpoint {name or "ckpt_*.pt"} in {where}; train one with --out_dir={where}')
-    for path in paths:
-        problem = _damage(path)
-        if not problem:
-            try:
-                state = torch.load(path, map_location='cpu', weights_only=True)
-                problem = _misfit(state)
-            except MemoryError:  # of ours, not the file's
-                raise
-            except Exception as error:  # whatever the unpickler makes of it, the file is of no use
-                problem = f'{type(error).__name__}: {first_line(error)}'
-        if not problem:
-            return state
-        print(f'warning: {path} is damaged ({problem}); it is not used', flush=True)
-    if len(paths) == 1:
-        raise Refusal(f'{paths[0]} is no sound checkpoint; use another one, or make it again')
-    raise Refusal(f'there is no valid checkpoint in {where}: all are damaged; train again with --overwrite=True')
-
-
-def load_weights(where, name=None):
-    """A checkpoint from `load_checkpoint` for another use than going on with its run: with its run's config, too."""
-    state = load_checkpoint(where, name)
-    if not all(isinstance(state.get(key), kind) for key, kind in (('config', dict), ('encoding', str))):
-        raise Refusal(f'{where} does not say by which options it was trained; name the folder of a run')
-    return state
-
-
-def first_line(error):
-    return str(error).partition('\n')[0]
-
-
-def _damage(path):
-    """What is wrong with the zip archive that torch.save made, or '': torch.load itself checks no CRC."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-            return f'wrong checksum of {bad}' if bad else ''
-    except Exception as error:  # zipfile has half a dozen kinds for what a flipped bit can do
-        return f'{type(error).__name__}: {error}'
-
-
-def config_of(state, name):
-    """The GPTConfig, as a dict, of a checkpoint's module: a critic has its reward model's shape, not the policy's."""
-    return state['critic_config'] if name == 'critic' and 'critic_config' in state else state['model_config']
-
-
-def _misfit(state):
-    """Why what a sound archive holds is none of our checkpoints, or None."""
-    if not isinstance(state, dict) or type(state.get('step')) is not int or state['step'] < 0:
-        return 'it was not made by this program'
-    modules = [name for name in ('model', 'reward_model', 'critic') if name in state]
-    configs = 'model_config', *({'critic_config'} & state.keys())
-    if modules and not all(isinstance(state.get(name), dict) for name in (*modules, *configs)):
-        return 'it was not made by this program'
-    for name in modules:
-        config = config_of(state, name)
-        if len(state[name]) < config['n_layer']:  # before so many layers are made for nothing
-            return f'its {name} is not of its model_config'
-        with torch.device('meta'):  # shapes without memory
-            module = GPT(GPTConfig(**config))
-            module = module if name == 'model' else ScalarHead(module)
-        if {key: w.shape for key, w in state[name].items()} != {key: w.shape for key, w in module.state_dict().items()}:
-            return f'its {name} is not of its model_config'
-        if not all(w.is_floating_point() and w.isfinite().all() for w in state[name].values()):
-            return f'its {name} has weights that are no finite numbers'
-
-
-def load_run(cfg, option):
-    """The weights of the run cfg.<option>: its best.pt, else its latest checkpoint. Refuses with the command for one.
-    """
-    folder = getattr(cfg, option)
-    where = Path(folder or f'out/{option}')
-    if where.is_file() or where.is_dir() and ((where / 'best.pt').exists() or checkpoints(where)):
-        return load_weights(where, 'best.pt' if (where / 'best.pt').exists() else None)
-    config, script = f'config/{where.name}.py', 'preference.py' if option == 'reward_model' else 'train.py'
-    if Path(config).is_file():
-        command = f'python {script} {config}'
-    else:
-        script += f' --method=reward --init_from={cfg.init_from}' if option == 'reward_model' else ''
-        command = f'python {script} --out_dir={where}' + ''.join(
-            f' --{name}={getattr(cfg, name)}' for name in ('dataset', 'source', 'encoding') if getattr(cfg, name))
-    raise Refusal(f'{option}={folder or repr("")} holds no checkpoint; make one with: {command}, or name the folder of '
-                  f'another run with --{option}=DIR')
-
-
-def not_own_folder(cfg, *options):
-    """Refuses where one of these options names the run's own folder, or a checkpoint in it."""
-    for option in options:
-        where = Path(getattr(cfg, option)).resolve()
-        if getattr(cfg, option) and Path(cfg.out_dir).resolve() in (where, where.parent):
-            raise Refusal(f'{option} and out_dir are both {cfg.out_dir}; choose another --out_dir')
-
-
-def check_vocabulary(state, option, folder, encoding):
-    if state['encoding'] != encoding.name or state['model_config']['vocab_size'] != encoding.n_vocab:
-        raise Refusal(f"{option}={folder} speaks {state['encoding']}, but the data are in {encoding.name}; train it on "
-                      'data of one --encoding')
+def logit_rows(model):
+    """How many rows of a model's logits an evaluation holds at once."""
+    return max(1, LOGITS[model.lm_head.weight.device.type] // model.config.vocab_size)

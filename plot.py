@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import Refusal, run
+from runs import read_events
 
 SMOOTHING = 0.99  # of the moving average, for curves of 2500 points or more
 FEW_POINTS = 50   # below which a curve is drawn point by point, not smoothed
@@ -52,25 +53,6 @@ def read_metrics(out_dir):
     if not events:
         raise Refusal(f'{path} holds no metrics yet; let the run go on for a while')
     return events
-
-
-def read_events(path):
-    """Each line of a metrics.jsonl that can be read, and its event; none where there is no file.
-
-    A damaged line is left out with a warning, and without one the last line, which is written while a run is killed.
-    """
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            line = line.decode()
-            event = json.loads(line)
-            if not isinstance(event['step'], (int, float)) or not isinstance(event['event'], str):
-                raise TypeError
-        except (ValueError, TypeError, LookupError, RecursionError):
-            if number < len(lines):
-                print(f'warning: {path} is damaged in line {number}, which is left out', flush=True)
-            continue
-        yield line, event
 
 
 def series(events, x, y):

@@ -27,19 +27,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import prepare_shp
-from answers import (DATA, TEACHER, Run, Stopped, answer_log_prob, answer_token_log_prob, for_all_groups, head_log_prob,
+from answers import (DATA, TEACHER, Run, Stopped, answer_log_prob, answer_token_log_prob, answer_tokens,
+                     for_all_groups, group_batch, head_log_prob,
                      load_pi_0, log_prob_under, make_gpt, make_scorer, micro_batch, note_self, packed_rewards,
                      past_self, post_of, rewards, sample, shares, shorten, text_of, token_values, weights_hash)
 from configurator import Refusal, at_least, at_most
-from judge import (evaluate, held_out, report_between, report_nothing, report_policy_reward, report_reward,
+from evaluate import (evaluate, held_out, report_between, report_nothing, report_policy_reward, report_reward,
                    show_samples)
 from losses import (gae, implicit_reward, masked_mean, plackett_luce_loss, ppo_policy_loss, ppo_value_loss,
                     renormalize_reward)
-from model import ScalarHead, check_vocabulary, checkpoints, load_checkpoint, load_run, save_checkpoint
-from prepare_shp import answer_tokens, group_batch, pick_groups
-from teachers import open_teacher
-from train import (NUMBERED, Metrics, RunConfig, StopSignal, Updates, check_resume, describe, entries, finish, lr_at,
-                   open_run, restoring, setup, start_files, write_whole)
+from extras.teachers import open_teacher
+from model import ScalarHead
+from prepare_shp import pick_groups
+from runs import (NUMBERED, Metrics, RunConfig, StopSignal, Updates, check_resume, check_vocabulary, checkpoints,
+                  describe, entries, finish, load_checkpoint, load_run, lr_at, open_run, restoring, save_checkpoint,
+                  setup, start_files, write_whole)
 
 MARGIN_GROUPS = 512  # groups over which the lead of data over self is judged against its noise
 
@@ -134,7 +136,7 @@ def build_student(cfg, start, encoding, groups):
 
 def build_reward(cfg, start, encoding, groups):
     scorer = ScalarHead(make_gpt(start), cfg.reward_read)
-    scorer.offset.requires_grad_(False)  # judge.report_reward centres it
+    scorer.offset.requires_grad_(False)  # evaluate.report_reward centres it
     return dict(reward_model=scorer), {}
 
 

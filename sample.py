@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-import huggingface
 import prepare_shp
 from configurator import Refusal, at_least, run
 from losses import taylor_link
-from model import GPT, GPTConfig, load_weights
+from model import GPT, GPTConfig
 from prepare_shp import visible
-from train import DEVICES, DTYPES, setup
+from runs import DEVICES, DTYPES, load_weights, setup
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ def main(cfg):
     name = 'best.pt' if cfg.checkpoint == 'best' else None
     state = load_weights(cfg.out_dir, name)
     if cfg.export_hf:
+        from extras import huggingface
         huggingface.export(state, cfg.out_dir, cfg.export_hf)
         print(f'wrote {cfg.export_hf}: {cfg.out_dir}, {cfg.checkpoint} checkpoint, step {state["step"]}')
         return

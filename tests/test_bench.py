@@ -10,7 +10,7 @@ import torch
 
 import bench
 from bench import Config, extra_memory, in_own_process, predicted_memory, take_turns
-from train import setup
+from runs import setup
 
 ROOT = Path(__file__).parent.parent
 MACHINE = setup('cpu')

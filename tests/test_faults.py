@@ -22,16 +22,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import judge
+import evaluate
 import plot
 import prepare_shp
 import preference
 import sample
 import test_preference
 import test_train
+import runs
 import train
 from configurator import Refusal
-from model import load_checkpoint
+from runs import load_checkpoint
 from toy_shp import toy_rows
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +174,7 @@ class Ranks:
     def __init__(self, tmp_path, kind, fault='', restarts=0, **changes):
         script, self.pids, self.output = tmp_path / 'ranks.py', {}, []
         script.write_text(f'import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n'
-                          'import configurator, preference, train\nrank = int(os.environ["RANK"])\n'
+                          'import configurator, preference, runs, train\nrank = int(os.environ["RANK"])\n'
                           # in one write, or the lines of two ranks could mix
                           'os.write(1, f"rank {rank} is process {os.getpid()}\\n".encode())\n' + fault +
                           f'\nm = {"train" if kind == "train" else "preference"}\nconfigurator.run(m.main, m.Config)\n')
@@ -225,13 +226,13 @@ class Ranks:
 
 def at_step(step, rank, action):
     """A fault: `action` on a rank where the update after `step` steps begins; once, whatever restarts."""
-    return ('sound = train.lr_at\n'
+    return ('sound = runs.lr_at\n'
             'def lr_at(step, cfg):\n'
             f'    if rank == {rank} and step == {step} and not os.path.exists(f"{{cfg.out_dir}}.{step}"):\n'
             f'        open(f"{{cfg.out_dir}}.{step}", "w").close()\n'
             f'        {action}\n'
             '    return sound(step, cfg)\n'
-            'train.lr_at = lr_at\n')
+            'runs.lr_at = lr_at\n')
 
 
 def finish_and_compare(tmp_path, kind, **changes):
@@ -273,7 +274,7 @@ def test_an_exception_on_one_rank_ends_both(tmp_path):
 
 
 def test_a_rank_that_hangs_is_not_waited_for_for_ever(tmp_path):
-    with Ranks(tmp_path, 'train', 'train.RANK_TIMEOUT = 6\n' + at_step(8, 1, 'time.sleep(12)')) as ranks:
+    with Ranks(tmp_path, 'train', 'runs.RANK_TIMEOUT = 6\n' + at_step(8, 1, 'time.sleep(12)')) as ranks:
         assert ranks.end() != 0, ranks.said()
     assert load_checkpoint(tmp_path / 'run')['step'] == 6
 
@@ -344,10 +345,10 @@ def test_a_nan_for_ever_on_one_rank_ends_both_with_what_was_sound(tmp_path):
 
 def test_ranks_must_find_the_same_checkpoint(tmp_path):
     train.main(config('train', tmp_path / 'run', stop_step=12))
-    fault = ('import pathlib\nsound = train.load_checkpoint\n'
+    fault = ('import pathlib\nsound = runs.load_checkpoint\n'
              'def other(out):\n'
              '    return sound(sorted(pathlib.Path(out).glob("ckpt_*.pt"))[-1 - rank])\n'
-             'train.load_checkpoint = other\n')
+             'runs.load_checkpoint = other\n')
     before = {p: p.read_bytes() for p in (tmp_path / 'run').iterdir()}
     with Ranks(tmp_path, 'train', fault) as ranks:
         assert ranks.end() != 0 and 'the ranks do not find the same checkpoint' in ranks.said()
@@ -415,7 +416,7 @@ def test_signals_during_a_save(tmp_path, monkeypatch, number, code):
 
 def test_one_folder_is_for_one_run(tmp_path, monkeypatch):
     """Two runs in one folder would mix their lines and delete each other's checkpoints."""
-    monkeypatch.setattr(train, 'LOCK_TIMEOUT', 0.3)
+    monkeypatch.setattr(runs, 'LOCK_TIMEOUT', 0.3)
     process = running(tmp_path, 5)
     for changes in (dict(resume=True), dict(overwrite=True), {}):
         with pytest.raises(Refusal, match='run is in use by another run; wait for its end'):
@@ -610,14 +611,14 @@ def test_without_assertions(tmp_path):
 @pytest.mark.parametrize('kind', ['dpo', 'reward'])
 def test_a_nan_in_a_preference_evaluation_chooses_no_best(tmp_path, monkeypatch, kind):
     """Scores and rewards that are not finite: no best.pt, and the reward's offset stays finite."""
-    row, rewards = preference.METHODS[kind], judge.rewards
+    row, rewards = preference.METHODS[kind], evaluate.rewards
 
     def broken(run, batch):
         score, log_p = row.score(run, batch)
         return (score if torch.is_grad_enabled() else score * math.nan), log_p
 
     monkeypatch.setitem(preference.METHODS, kind, row._replace(score=broken))
-    monkeypatch.setattr(judge, 'rewards', lambda *args: rewards(*args) * math.nan)
+    monkeypatch.setattr(evaluate, 'rewards', lambda *args: rewards(*args) * math.nan)
     preference.main(config(kind, tmp_path / 'run', iterations=1))
     assert all(math.isnan(line['rank_accuracy']) for line in test_train.metrics(tmp_path / 'run', 'eval'))
     assert not (tmp_path / 'run' / 'best.pt').exists()

@@ -24,11 +24,12 @@ import prepare_shp
 import preference
 import sample
 import sources
-import teachers
+from extras import teachers
 import test_preference
+import runs
 import train
 from configurator import Refusal
-from model import load_checkpoint
+from runs import load_checkpoint
 from prepare_shp import END_OF_TEXT, Config, encoding, open_dataset, prepare, render
 from toy_shp import toy_rows
 
@@ -239,7 +240,7 @@ def test_metrics_from_anywhere(lines, step):
         plot.plot(['fuzzed_run'])
     except Refusal as refusal:
         assert 'fuzzed_run' in str(refusal)
-    metrics = train.Metrics(train.Config(out_dir='fuzzed_run'), train.Machine(0, 1, None, None, False), step)
+    metrics = runs.Metrics(train.Config(out_dir='fuzzed_run'), runs.Machine(0, 1, None, None, False), step)
     kept = Path('fuzzed_run/metrics.jsonl').read_text().splitlines()
     assert all(json.loads(line)['step'] <= step for line in kept) and len(kept) <= len(lines)
     metrics.write('train', step=step)

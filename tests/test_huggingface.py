@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import answers
-import huggingface
+from extras import huggingface
 import prepare_shp
 import preference
 import sample
@@ -27,8 +27,9 @@ import test_preference
 import test_train
 import train
 from configurator import Refusal
-from huggingface import export, open_start, read_safetensors, write_safetensors
-from model import GPT, GPTConfig, ScalarHead, load_checkpoint, save_checkpoint
+from extras.huggingface import export, read_safetensors, write_safetensors
+from model import GPT, GPTConfig, ScalarHead
+from runs import load_checkpoint, open_start, save_checkpoint
 from toy_shp import toy_rows
 
 folder = test_preference.folder  # a working directory with data, a start, a teacher and a reward model
@@ -196,7 +197,7 @@ def test_the_card_of_a_reward_run_says_how_a_reward_is_read(tmp_path, read):
     trunk, head = answers.make_gpt(start_from(tmp_path / 'out')), read_safetensors(
         tmp_path / 'out' / 'scalar_head.safetensors')
     groups = prepare_shp.pick_groups(run.groups['train'], 0, 0, 4)
-    rewards = answers.rewards(run, answers.make_scorer(state), prepare_shp.group_batch(groups, 80))
+    rewards = answers.rewards(run, answers.make_scorer(state), answers.group_batch(groups, 80))
     for group, of_group in zip(groups, rewards):
         for answer, reward in zip(group.answers, of_group.tolist()):
             scope = dict(h=trunk(torch.tensor([group.prompt + answer]))[0], w=head['weight'][0], head=head,

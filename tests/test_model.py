@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from configurator import Refusal
-from model import GPT, GPTConfig, KVCache, load_checkpoint, sample_token, save_checkpoint
+from model import GPT, GPTConfig, KVCache, sample_token
+from runs import load_checkpoint, save_checkpoint
 
 CONFIG = GPTConfig(vocab_size=61, block_size=32, n_layer=2, n_head=2, n_embd=16)
 
@@ -218,7 +219,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
 
 def test_a_save_killed_at_any_moment_leaves_a_valid_checkpoint(tmp_path):
     """A process that saves without end is killed; what it leaves must load, and the next save clears its rest."""
-    program = ('import sys, torch; from model import save_checkpoint\n'
+    program = ('import sys, torch; from runs import save_checkpoint\n'
                'for step in range(1, 10 ** 6):\n'
                '    save_checkpoint(sys.argv[1], dict(step=step, w=torch.full((500_000,), step)))\n'
                '    print(step, flush=True)')
@@ -246,7 +247,7 @@ def test_a_save_that_fails_leaves_the_old_one_and_no_rest(tmp_path):
 def test_a_full_disk_is_a_sentence_and_leaves_the_old_checkpoint(tmp_path):
     save_checkpoint(tmp_path, state(1))
     program = ('import resource, signal, sys, torch\n'
-               'from configurator import Refusal; from model import save_checkpoint\n'
+               'from configurator import Refusal; from runs import save_checkpoint\n'
                'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
                'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
                'try:\n'

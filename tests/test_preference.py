@@ -17,17 +17,20 @@ import torch
 import torch.nn.functional as F
 
 import answers
-import judge
+import evaluate
 import prepare_shp
 import preference
 import sample
-import teachers
+from extras import teachers
+import runs
 import train
 from configurator import Refusal
 from conftest import succeed
 from losses import taylor_loss
-from model import ScalarHead, load_checkpoint, load_run, save_checkpoint
-from prepare_shp import group_batch, pick_groups
+from model import ScalarHead
+from runs import load_checkpoint, load_run, save_checkpoint
+from answers import group_batch
+from prepare_shp import pick_groups
 from toy_shp import quality, toy_rows
 
 ROOT = Path(__file__).parent.parent
@@ -85,8 +88,8 @@ def a_run(tmp_path, method, **changes):
     (tmp_path / 'run' / 'selves').mkdir(parents=True)
     save_checkpoint(tmp_path / 'run' / 'selves', dict(start, step=0), '0000.pt')
     groups = {split: data.groups(split) for split in ('train', 'val', 'test')}
-    run = answers.Run(cfg, preference.METHODS[method], train.setup('cpu'), groups, encoding, trained, frozen,
-                      dict(trained), train.StopSignal(), selves={0: answers.weights_hash(start['model'])})
+    run = answers.Run(cfg, preference.METHODS[method], runs.setup('cpu'), groups, encoding, trained, frozen,
+                      dict(trained), runs.StopSignal(), selves={0: answers.weights_hash(start['model'])})
     return run, start
 
 
@@ -240,9 +243,9 @@ def test_pair_statistics_by_brute_force(K):
                 confidence = 1 / (1 + math.exp(-abs(gap)))
                 bins.setdefault(min(int((confidence - 0.5) * 30), 14), []).append(right[-1] - confidence)
     expected = sum(right) / len(right), sum(gaps) / len(gaps), sum(abs(sum(b)) for b in bins.values()) / len(gaps)
-    assert judge.pair_statistics(scores, valid) == pytest.approx(expected, rel=1e-6)
+    assert evaluate.pair_statistics(scores, valid) == pytest.approx(expected, rel=1e-6)
     scores[0, 0] = torch.nan  # in an evaluation: a number for the log, not the end of the run
-    assert math.isnan(judge.pair_statistics(scores, valid)[1])
+    assert math.isnan(evaluate.pair_statistics(scores, valid)[1])
 
 
 def test_cheap_rankers_find_what_there_is_to_find(tmp_path):
@@ -263,7 +266,7 @@ def test_cheap_rankers_find_what_there_is_to_find(tmp_path):
     for better, worse, expected in ((some(10, 20), some(10, 20), (0.5, 0.5)), (some(6, 9), some(10, 20), (1.0, None)),
                                     (some(10, 20, (100, 130)), some(10, 20), (0.5, 1.0))):
         run.groups['train'], run.groups['val'] = groups_of(better, worse), groups_of(better, worse)
-        found = judge.baselines(run, group_batch(judge.held_out(run), 80))
+        found = evaluate.baselines(run, group_batch(evaluate.held_out(run), 80))
         for name, accuracy in zip(('rank_accuracy_length', 'rank_accuracy_bag'), expected):
             assert accuracy is None or found[name] == pytest.approx(accuracy, abs=0.12)
 
@@ -822,9 +825,9 @@ def test_evaluation_by_brute_force(tmp_path, monkeypatch):
         p += 0.03 * torch.randn_like(p)
     policy, reference = run.trained['model'], answers.make_gpt(start)
     log = types.SimpleNamespace(lines=[], write=lambda event, **line: log.lines.append(line))
-    got = judge.evaluate(run, log)
+    got = evaluate.evaluate(run, log)
     pairs, logps, chosen, rejected = [], [], [], []
-    for group in judge.held_out(run):
+    for group in evaluate.held_out(run):
         log_p = [slow_log_p(policy, group.prompt, a).sum().item() for a in group.answers]
         ref = [slow_log_p(reference, group.prompt, a).sum().item() for a in group.answers]
         score = [0.1 * (a - b) for a, b in zip(log_p, ref)]
@@ -835,8 +838,8 @@ def test_evaluation_by_brute_force(tmp_path, monkeypatch):
     mean = lambda values: sum(values) / len(values)
     expected = dict(rank_accuracy=mean([gap > 0 for gap in pairs]), margin=mean(pairs), rank_accuracy_logp=mean(logps),
                     chosen_logp=mean(chosen), rejected_logp=mean(rejected))
-    groups = answers.shorten(run, judge.held_out_posts(run))
-    uniform = torch.from_numpy(np.random.default_rng((5, 0, judge.EVAL, 0)).random((6, 20), 'float32'))
+    groups = answers.shorten(run, evaluate.held_out_posts(run))
+    uniform = torch.from_numpy(np.random.default_rng((5, 0, evaluate.EVAL, 0)).random((6, 20), 'float32'))
     drawn = policy.generate([group.prompt for group in groups], 20, eot=256, uniform=uniform)
     kl, entropy = [], []
     for group, answer in zip(groups, drawn):
@@ -854,9 +857,9 @@ def test_evaluation_by_brute_force(tmp_path, monkeypatch):
 
 def test_reward_run_is_centred_and_loads_into_ppo(tmp_path):
     run, _ = a_run(tmp_path, 'ppo', eval_split='test')  # the fixture's
-    groups = answers.shorten(run, judge.held_out_posts(run))
+    groups = answers.shorten(run, evaluate.held_out_posts(run))
     start = answers.make_gpt(load_checkpoint('start', 'best.pt'))
-    drawn = answers.sample(run, start, [group.prompt for group in groups], judge.EVAL, 0)
+    drawn = answers.sample(run, start, [group.prompt for group in groups], evaluate.EVAL, 0)
     batch = group_batch([group._replace(answers=[answer]) for group, answer in zip(groups, drawn)], 80)
     assert answers.rewards(run, run.frozen['reward_model'], batch).mean().abs() < 1e-5
     saved = load_checkpoint('reward', 'best.pt')['reward_model']

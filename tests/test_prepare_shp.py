@@ -18,9 +18,10 @@ import torch
 
 import prepare_shp
 import sources
+from answers import group_batch, pack
 from configurator import Refusal
-from prepare_shp import (SEPARATOR, Config, Documents, Groups, encoding, eval_batch, eval_length, group_batch, lm_batch,
-                         main, open_dataset, pack, pick_groups, prepare, rankings, render)
+from prepare_shp import (SEPARATOR, Config, Documents, Groups, encoding, eval_batch, eval_length, lm_batch,
+                         main, open_dataset, pick_groups, prepare, rankings, render)
 from toy_shp import toy_rows
 
 ROOT = Path(__file__).parent.parent

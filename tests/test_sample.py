@@ -11,7 +11,8 @@ import torch
 
 import sample
 from configurator import Refusal
-from model import GPT, GPTConfig, save_checkpoint
+from model import GPT, GPTConfig
+from runs import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

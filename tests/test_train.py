@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import prepare_shp
+import runs
 import train
 from configurator import Refusal
 from conftest import succeed
 from losses import taylor_link
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig
+from runs import load_checkpoint
 from toy_shp import toy_rows
 
 ROOT = Path(__file__).parent.parent
@@ -299,12 +301,12 @@ def test_epochs_count_documents(tmp_path):
 
 def test_lr_schedule():
     cfg = train.Config(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
-    lr = [train.lr_at(step, cfg) for step in range(120)]
+    lr = [runs.lr_at(step, cfg) for step in range(120)]
     assert lr[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and lr[10] == 1.0
     assert lr[60] == pytest.approx(0.55) and lr[110] == lr[119] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(lr[10:], lr[11:]))
-    assert train.lr_at(50, replace(cfg, min_lr=1.0)) == 1.0
-    assert {train.lr_at(step, replace(cfg, min_lr=2.0)) for step in range(10, 100)} == {1.0}  # it never rises
+    assert runs.lr_at(50, replace(cfg, min_lr=1.0)) == 1.0
+    assert {runs.lr_at(step, replace(cfg, min_lr=2.0)) for step in range(10, 100)} == {1.0}  # it never rises
 
 
 @torch.no_grad()
@@ -317,8 +319,8 @@ def test_evaluation_by_brute_force(cut, dataset, split):
     torch.manual_seed(0)
     model = GPT(GPTConfig(257, 32, 1, 2, 16))
     model.lm_head.weight.data *= 40  # confident, and so with something to calibrate
-    machine = train.setup('cpu')
-    with train.StopSignal() as stop:
+    machine = runs.setup('cpu')
+    with runs.StopSignal() as stop:
         got = train.evaluate(model, documents, cfg, machine, 2, stop)
         stop.caught = signal.SIGTERM
         assert train.evaluate(model, documents, cfg, machine, 2, stop) is None
@@ -361,11 +363,11 @@ def test_a_probe_of_everything_is_an_evaluation(ranks, monkeypatch):
     cfg = config('unused', cut='examples', batch_size=1000)
     documents = prepare_shp.open_dataset(cfg).documents('val')
     torch.manual_seed(0)
-    model, machine = GPT(GPTConfig(257, 32, 1, 2, 16, dropout=0.5)), train.setup('cpu')
-    with train.StopSignal() as stop:
+    model, machine = GPT(GPTConfig(257, 32, 1, 2, 16, dropout=0.5)), runs.setup('cpu')
+    with runs.StopSignal() as stop:
         whole = train.evaluate(model, documents, cfg, machine, 2, stop)['val_ce']
     sums = []  # of each rank, as Machine.sum would add them
-    monkeypatch.setattr(train.Machine, 'sum', lambda _, values: sums.append(values) or values)
+    monkeypatch.setattr(runs.Machine, 'sum', lambda _, values: sums.append(values) or values)
     for rank in range(ranks):
         train.probe(model, documents, cfg, machine._replace(rank=rank, world_size=ranks))
     ce, n = map(sum, zip(*sums))
@@ -449,7 +451,7 @@ def test_absurd_options_are_refused(tmp_path):
 
 
 def test_what_is_not_installed_is_told_before_all_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, 'find_spec', lambda name: None)
+    monkeypatch.setattr(runs, 'find_spec', lambda name: None)
     assert list(config(tmp_path, wandb=True, tensorboard=True).check()) == [
         f'{name}=True needs {name}, which is not installed: pip install {name}' for name in ('wandb', 'tensorboard')]
 

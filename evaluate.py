@@ -8,11 +8,13 @@ import numpy as np
 import torch
 
 import toy_shp
-from answers import for_all_groups, log_prob_under, past_self, post_of, rewards, sample, shorten, text_of
+from answers import (answer_tokens, for_all_groups, group_batch, log_prob_under, pack, past_self, post_of, rewards,
+                     sample, shorten, text_of)
 from configurator import Refusal
 from losses import plackett_luce_loss
-from prepare_shp import answer_tokens, group_batch, pack, pick_groups, visible
-from train import ECE_BINS, logit_rows
+from model import logit_rows
+from prepare_shp import pick_groups, visible
+from train import ECE_BINS
 
 EVAL_SEED = 0   # which held-out groups are judged is the same in all runs
 EVAL = 2 ** 31  # the iteration whose random numbers all evaluations share

@@ -17,11 +17,9 @@ import torch
 
 import prepare_shp
 from configurator import Refusal
-from model import GPT, GPTConfig, check_vocabulary, config_of, load_run
-from plot import read_events
+from model import GPT, GPTConfig
+from runs import WEIGHTS, config_of, read_events
 
-HUB = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'  # names that are fetched
-WEIGHTS = 'model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin'
 # of GPT2Config, what our GPT can express; a key that config.json lacks is at its default, which is the first one
 EXPRESSED = dict(model_type=('gpt2',), activation_function=('gelu_new', 'gelu_pytorch_tanh'),  # the same by two names
                  layer_norm_epsilon=(1e-5,), scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
@@ -37,48 +35,6 @@ DIGEST = 'nanotaylor_sha256'  # of entries and numbers, among a safetensors file
 
 # In ------------------------------------------------------------------------------------------------------------------
 
-
-def open_start(cfg, encoding):
-    """What cfg.init_from names -> dict(model, model_config, encoding), its context cropped to cfg.block_size.
-
-    A folder or checkpoint of a run of ours, a folder of Hugging Face with a GPT-2, or one of HUB. Refuses what is not
-    there, speaks another encoding than the data's, or cannot be expressed by our GPT, and says which.
-    """
-    name, where = cfg.init_from, Path(cfg.init_from)
-    if is_hugging_face(where) or name in HUB and not where.exists():
-        folder = where if where.exists() else fetch(name)
-        state = read_gpt2(folder)
-        check_vocabulary(state, 'init_from', name, encoding)
-        check_tokenizer(folder, encoding)
-    else:
-        state = load_run(cfg, 'init_from')
-        if 'model' not in state:
-            raise Refusal(f'init_from={name} is a reward run and has no policy; name the folder of another run')
-        check_vocabulary(state, 'init_from', name, encoding)
-    return crop({key: state[key] for key in ('model', 'model_config', 'encoding')}, cfg.block_size, name)
-
-
-def is_hugging_face(where):
-    """Whether `where` is a folder that transformers has written, or one like it; our config.json has no such key."""
-    if any((where / name).is_file() for name in WEIGHTS):
-        return True
-    try:
-        return bool({'architectures', 'model_type'} & set(json.loads((where / 'config.json').read_text())))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
-
-
-def crop(state, block_size, name):
-    """The first block_size (0 = all) positions of a start; what it says of a longer text does not change."""
-    has = state['model_config']['block_size']
-    if block_size > has:
-        raise Refusal(f'block_size={block_size} is more than the {has} positions that {name} has learned; use '
-                      f'--block_size={has} or less')
-    if block_size in (0, has):
-        return state
-    weights = dict(state['model'])
-    weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:block_size].clone()
-    return dict(state, model=weights, model_config=dict(state['model_config'], block_size=block_size))
 
 
 def fetch(name):

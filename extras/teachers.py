@@ -1,6 +1,6 @@
 """Who may teach in distillation: a run of ours, a file of completions, or a causal LM of Hugging Face.
 
-    python teachers.py --dataset=mine --prompts=FILE.jsonl      train's prompts, for a teacher elsewhere to complete
+    python -m extras.teachers --dataset=mine --prompts=FILE.jsonl      train's prompts, for a teacher elsewhere to complete
 
 A teacher is a module with a method answers(run, groups, iteration): its answer to each group's prompt, as ids of our
 encoding, closed by end-of-text where it ended.
@@ -18,11 +18,9 @@ import torch.nn as nn
 import prepare_shp
 from answers import gather_answers, leave_together, make_gpt, sample, text_of
 from configurator import Refusal, progress, run
-from huggingface import is_hugging_face
-from model import check_vocabulary, first_line, load_run
 from prepare_shp import SEPARATOR, render
 from sources import checked_text, is_talk, parsed, said
-from train import write_whole
+from runs import check_vocabulary, first_line, is_hugging_face, load_run, write_whole
 
 # in a line of completions, the first there is: whose prompt's it is, where train knows it, and what was said
 IDS = 'custom_id', 'prompt_id', 'post_id', 'id'
@@ -150,7 +148,7 @@ class WrittenTeacher(nn.Module):
                               f'{again[0]}; keep one for each' + ', say of one "generator"' * any(generators))
         if complaints:
             raise Refusal(f"{self.path} does not fit train's prompts: {'; '.join(complaints)}. The prompts to complete "
-                          'are written by: python teachers.py --dataset=NAME --prompts=FILE.jsonl')
+                          'are written by: python -m extras.teachers --dataset=NAME --prompts=FILE.jsonl')
         # in the state, so that a resume notices another file
         self.register_buffer('sha256', torch.tensor(list(hashlib.sha256(text).digest()), dtype=torch.uint8))
 
