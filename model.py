@@ -1,7 +1,7 @@
 """The transformer, its key-value cache and generation.
 
 A GPT-2: pre-LayerNorm blocks, tanh-GELU, learned positions (Radford et al. 2019). `forward` returns hidden states and
-`logits` is apart, so that training can put head and loss together (losses.linear_taylor_loss).
+`logits` is apart, so that training can put head and loss together (losses.linear_loss).
 """
 import math
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-LOGITS = dict(cpu=2 ** 21, mps=2 ** 24, cuda=2 ** 27)  # that an evaluation holds at once: few, for caches of a CPU
+LOGITS = dict(cpu=2 ** 21, mps=2 ** 24, cuda=2 ** 27)  # at once in an evaluation: few, for the caches of a CPU
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class GPT(nn.Module):
         """Token ids idx (B, T) -> hidden states (B, T, C) after the last LayerNorm.
 
         With a cache the tokens follow those that it holds. Without one, positions (B, T) and mask (B, 1, T, T), True
-        where a query sees a key, may say how several texts share a row (prepare_shp.pack); the default is one causal
+        where a query sees a key, may say how several texts share a row (answers.pack); the default is one causal
         text a row. Raises ValueError if a text exceeds block_size, except where positions are given.
         """
         T, longest = idx.shape[1], idx.shape[1] + (cache.longest if cache else 0)
@@ -143,6 +143,11 @@ class GPT(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits[..., self.config.vocab_size:] = -torch.inf
         return logits
+
+    def log_prob_chunks(self, hidden):
+        """hidden (N, C) -> log-probabilities (R, V), a chunk of rows after the other: what an evaluation reads."""
+        for rows in hidden.split(max(1, LOGITS[hidden.device.type] // self.config.vocab_size)):
+            yield self.logits(rows).log_softmax(-1)
 
     @torch.no_grad()  # not inference_mode, in which autocast casts the weights anew at every token
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, eot=None, uniform=None,
@@ -250,8 +255,3 @@ def _draw(p, u):
     i = torch.where(p.gather(1, i) > 0, i, p.argmax(-1, keepdim=True))  # after rounding an entry of 0 may be hit
     within = (u - F.pad(cdf, (1, 0)).gather(1, i)) / p.gather(1, i)
     return i[:, 0], within[:, 0].clamp(0, 1 - 2 ** -24)
-
-
-def logit_rows(model):
-    """How many rows of a model's logits an evaluation holds at once."""
-    return max(1, LOGITS[model.lm_head.weight.device.type] // model.config.vocab_size)

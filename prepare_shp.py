@@ -55,6 +55,8 @@ class Config:
     workers: int = 0               # threads that tokenise; 0 = one per core
     overwrite: bool = False        # replace the dataset of that name
 
+    given = frozenset()            # the options that were set; see configurator.configure
+
     def check(self):
         if self.source not in ('hub', 'toy') and not self.dataset:
             yield f"source='{self.source}' needs a name for its folder under {DATA_DIR}/: add --dataset=NAME"

@@ -20,7 +20,7 @@ from answers import gather_answers, leave_together, make_gpt, sample, text_of
 from configurator import Refusal, progress, run
 from prepare_shp import SEPARATOR, render
 from sources import checked_text, is_talk, parsed, said
-from runs import check_vocabulary, first_line, is_hugging_face, load_run, write_whole
+from runs import first_line, is_hugging_face, load_run, write_whole
 
 # in a line of completions, the first there is: whose prompt's it is, where train knows it, and what was said
 IDS = 'custom_id', 'prompt_id', 'post_id', 'id'
@@ -58,10 +58,9 @@ class RunTeacher(nn.Module):
 
     def __init__(self, cfg, encoding):
         super().__init__()
-        state = load_run(cfg, 'teacher')
+        state = load_run(cfg, 'teacher', encoding)
         if 'model' not in state:
             raise Refusal(f'teacher={cfg.teacher} is a reward run, which writes no answers; name another')
-        check_vocabulary(state, 'teacher', cfg.teacher, encoding)
         self.gpt = make_gpt(state)
         self.room = self.gpt.config.block_size - cfg.max_new_tokens
         if self.room < 1:
