@@ -1,4 +1,4 @@
-"""A checkpoint talks: it answers a post. Or it leaves, for Hugging Face.
+"""Samples answers to a post from a checkpoint, or exports it for Hugging Face.
 
     python sample.py --out_dir=out/toy_t2 --prompt="Rusty kettle since May, any tips?"
     python sample.py --out_dir=out/toy_t2 --export_hf=toy_t2_hf
@@ -61,24 +61,20 @@ def read_prompts(cfg):
 
 
 def main(cfg):
-    prompts = [] if cfg.export_hf else read_prompts(cfg)
-    name = 'best.pt' if cfg.checkpoint == 'best' else None
-    state = load_weights(cfg.out_dir, name)
+    state = load_weights(cfg.out_dir, cfg.checkpoint)
     if cfg.export_hf:
         from extras import huggingface
         huggingface.export(state, cfg.out_dir, cfg.export_hf)
-        print(f'wrote {cfg.export_hf}: {cfg.out_dir}, {cfg.checkpoint} checkpoint, step {state["step"]}')
+        print(f'wrote {cfg.export_hf}')
         return
-    machine = setup(cfg.device, cfg.dtype)
+    prompts, machine = read_prompts(cfg), setup(cfg.device, cfg.dtype)
     if 'model' not in state:
-        raise Refusal(f'{cfg.out_dir} is a reward run: it judges answers and writes none; name another run')
-    if prepare_shp.VOCABULARIES.get(state['encoding']) != state['model_config']['vocab_size']:
-        raise Refusal(f"{cfg.out_dir} has a vocabulary of {state['model_config']['vocab_size']}, which is not that of "
-                      f"its encoding, {state['encoding']}; name another run")
+        raise Refusal(f'{cfg.out_dir} is a reward model: it rates answers and writes none; name another run')
     model = GPT(GPTConfig(**state['model_config'])).to(machine.device)
     model.load_state_dict(state['model'])
-    order = state['config'].get('taylor_order', 0)
-    print(f'{cfg.out_dir}, {cfg.checkpoint} checkpoint, step {state["step"]}' + (f', link_{order}' if cfg.link else ''))
+    order = state.get('link_order', state['config'].get('taylor_order', 0))
+    if cfg.link and not order:
+        raise Refusal(f'{cfg.out_dir} was not trained with T_n, n >= 1, so there is no link_n; leave out --link')
     encoding = prepare_shp.encoding(state['encoding'])
     transform = (lambda log_p: taylor_link(log_p, order)) if cfg.link else None
     generator = torch.Generator().manual_seed(cfg.seed)

@@ -65,8 +65,9 @@ def assert_same_run(a, b):
     assert a['step'] == b['step'] and a['tokens'] == b['tokens'] and a['best'] == b['best']
     for name, w in a['model'].items():
         assert torch.equal(w, b['model'][name]), name
-    for mine, other in zip(a['optimizer']['state'].values(), b['optimizer']['state'].values()):
-        assert all(torch.equal(mine[k], other[k]) for k in mine)
+    for mine, other in zip(a['optimizers'], b['optimizers'], strict=True):
+        for m, n in zip(mine['state'].values(), other['state'].values(), strict=True):
+            assert all(torch.equal(m[k], n[k]) for k in m)
 
 
 def command(out_dir, *more, ranks=1, **changes):
@@ -92,7 +93,9 @@ def test_files_metrics_and_the_first_loss(tmp_path, capsys):
     assert evals[-1]['val_ce'] < evals[0]['val_ce'] - 0.1
     printed = capsys.readouterr().out
     assert 'log V = 5.549' in printed and 'step 12/12 100%' in printed and 'ETA 0:00:00' in printed
-    assert json.loads((tmp_path / 'run' / 'config.json').read_text())['taylor_order'] == 2
+    saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert saved['taylor_order'] == 2 and saved['loss'] == 'taylor_loss(n=2)' and 'loss taylor_loss(n=2)' in printed
+    assert load_checkpoint(tmp_path / 'run', 'best.pt')['step'] > 0
 
 
 @pytest.mark.parametrize('cut', ['stream', 'examples'])
@@ -187,10 +190,12 @@ def test_refusals_are_sentences_and_cost_nothing(tmp_path):
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     with pytest.raises(Refusal, match='is not empty; add --resume=True .* --overwrite=True'):
         train.main(config(out))
-    with pytest.raises(Refusal, match='cannot resume.*n_embd: 16 there, 32 here'):
+    with pytest.raises(Refusal, match='cannot resume: n_embd is 16 in the checkpoint, 32 here'):
         train.main(config(out, n_embd=32, resume=True))
-    with pytest.raises(Refusal, match='cannot resume.*of another dataset'):
+    with pytest.raises(Refusal, match='cannot resume: data is'):
         train.main(config(out, dataset='leaky', split='row', resume=True))
+    with pytest.raises(Refusal, match='cannot resume: loss is taylor_loss.n=0. in the checkpoint, taylor_loss.n=1. here'):
+        train.main(config(out, taylor_order=1, resume=True))
     with pytest.raises(Refusal, match='data/nowhere is missing; make it with: python prepare_shp.py'):
         train.main(config(tmp_path / 'other', dataset='nowhere'))
     assert before == {p.name: p.read_bytes() for p in out.iterdir()} and not (tmp_path / 'other').exists()
@@ -220,39 +225,30 @@ def test_resume_tells_of_changed_options(tmp_path, capsys):
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 def test_a_non_finite_gradient_never_reaches_a_parameter(tmp_path, monkeypatch, capsys, bad):
-    sound, calls = train.linear_taylor_loss, []
+    sound, broken, calls = train.linear_loss, (3, 4), []
 
-    def broken(*args):
-        sums = sound(*args)
+    def linear_loss(*args):
+        total, log_p = sound(*args)
         calls.append(1)
-        return sums._replace(loss=sums.loss * bad) if len(calls) in (3, 4) else sums
+        return total * (bad if len(calls) in broken else 1.0), log_p
 
-    monkeypatch.setattr(train, 'linear_taylor_loss', broken)
+    monkeypatch.setattr(train, 'linear_loss', linear_loss)
     train.main(config(tmp_path / 'run', grad_clip=0.0))
     assert capsys.readouterr().out.count('its update is skipped') == 2
     assert [line['skipped'] for line in metrics(tmp_path / 'run', 'train')][:5] == [0, 0, 1, 2, 2]
     assert all(w.isfinite().all() for w in load_checkpoint(tmp_path / 'run')['model'].values())
-    monkeypatch.setattr(train, 'linear_taylor_loss', lambda *args: sound(*args)._replace(loss=sound(*args).loss * bad))
+    broken = range(99)
     with pytest.raises(Refusal, match='10 gradients in a row were not finite'):
         train.main(config(tmp_path / 'all', max_iters=50))
     assert all(w.isfinite().all() for w in load_checkpoint(tmp_path / 'all')['model'].values())
 
 
-def test_a_nan_in_evaluation_leaves_the_best_alone(tmp_path, monkeypatch):
-    sound, calls = GPT.logits, []
-
-    def broken(model, hidden):  # only the first evaluation is sound
-        calls.append(1)
-        return sound(model, hidden) * (1.0 if len(metrics_or_none(tmp_path / 'run')) < 1 else math.nan)
-
-    monkeypatch.setattr(GPT, 'logits', broken)
-    train.main(config(tmp_path / 'run', max_iters=8))
-    assert calls and [math.isnan(line['val_ce']) for line in metrics(tmp_path / 'run', 'eval')] == [False, True, True]
-    assert load_checkpoint(tmp_path / 'run', 'best.pt')['step'] == 0
-
-
-def metrics_or_none(out_dir):
-    return metrics(out_dir, 'eval') if (out_dir / 'metrics.jsonl').exists() else []
+def test_a_nan_in_evaluation_leaves_the_best_alone(tmp_path, monkeypatch, capsys):
+    sound, values = train.evaluate, iter([5.5, 5.4, math.nan, math.nan])
+    monkeypatch.setattr(train, 'evaluate', lambda *args: sound(*args) | dict(val_ce=next(values)))
+    train.main(config(tmp_path / 'run'))
+    assert load_checkpoint(tmp_path / 'run', 'best.pt')['step'] == 4
+    assert 'warning: the loss is not finite' in capsys.readouterr().out
 
 
 def test_a_copy_of_a_checkpoint_is_not_the_latest(tmp_path):
@@ -269,10 +265,10 @@ def test_a_copy_of_a_checkpoint_is_not_the_latest(tmp_path):
 def test_a_signal_in_the_last_evaluation_counts(tmp_path, monkeypatch):
     sound = train.evaluate
 
-    def interrupted(model, documents, cfg, machine, order, stop):
-        if load_checkpoint(cfg.out_dir)['step'] == 12:
+    def interrupted(*args):
+        if load_checkpoint(tmp_path / 'run')['step'] == 12:
             os.kill(os.getpid(), signal.SIGTERM)
-        return sound(model, documents, cfg, machine, order, stop)
+        return sound(*args)
 
     train.main(config(tmp_path / 'run', stop_step=8))
     monkeypatch.setattr(train, 'evaluate', interrupted)
@@ -282,8 +278,7 @@ def test_a_signal_in_the_last_evaluation_counts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_low_precision_learns_and_resumes(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(train, 'matmul_peak', lambda machine: 1e9)  # seconds, in float16 on a CPU
+def test_low_precision_learns_and_resumes(tmp_path, dtype):
     cfg = config(tmp_path / 'run', dtype=dtype, max_iters=20, eval_interval=10, learning_rate=3e-3)
     train.main(cfg)
     lines = metrics(tmp_path / 'run', 'train')
@@ -300,13 +295,12 @@ def test_epochs_count_documents(tmp_path):
 
 
 def test_lr_schedule():
-    cfg = train.Config(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
-    lr = [runs.lr_at(step, cfg) for step in range(120)]
-    assert lr[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and lr[10] == 1.0
-    assert lr[60] == pytest.approx(0.55) and lr[110] == lr[119] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(lr[10:], lr[11:]))
-    assert runs.lr_at(50, replace(cfg, min_lr=1.0)) == 1.0
-    assert {runs.lr_at(step, replace(cfg, min_lr=2.0)) for step in range(10, 100)} == {1.0}  # it never rises
+    cfg = train.Config(learning_rate=2.0, min_lr=0.2, warmup_iters=10, max_iters=110)
+    factor = [runs.lr_factor(step, cfg) for step in range(120)]
+    assert factor[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and factor[10] == 1.0
+    assert factor[60] == pytest.approx(0.55) and factor[110] == factor[119] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factor[10:], factor[11:]))
+    assert {runs.lr_factor(step, replace(cfg, min_lr=9.0)) for step in range(10, 100)} == {1.0}  # it never rises
 
 
 @torch.no_grad()
@@ -321,9 +315,12 @@ def test_evaluation_by_brute_force(cut, dataset, split):
     model.lm_head.weight.data *= 40  # confident, and so with something to calibrate
     machine = runs.setup('cpu')
     with runs.StopSignal() as stop:
-        got = train.evaluate(model, documents, cfg, machine, 2, stop)
+        rows = range(prepare_shp.eval_length(documents, cut, 32))
+        got = train.evaluate(model, documents, rows, cfg, machine, 2, stop)
+        of_p = train.evaluate(model, documents, rows, cfg, machine, 0, stop)
+        assert of_p == {name: x for name, x in got.items() if not name.endswith('_link')}
         stop.caught = signal.SIGTERM
-        assert train.evaluate(model, documents, cfg, machine, 2, stop) is None
+        assert train.evaluate(model, documents, rows, cfg, machine, 2, stop) is None
     assert model.training
 
     model.eval().double()
@@ -358,23 +355,7 @@ def test_evaluation_by_brute_force(cut, dataset, split):
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize('ranks', [1, 3])
-def test_a_probe_of_everything_is_an_evaluation(ranks, monkeypatch):
-    cfg = config('unused', cut='examples', batch_size=1000)
-    documents = prepare_shp.open_dataset(cfg).documents('val')
-    torch.manual_seed(0)
-    model, machine = GPT(GPTConfig(257, 32, 1, 2, 16, dropout=0.5)), runs.setup('cpu')
-    with runs.StopSignal() as stop:
-        whole = train.evaluate(model, documents, cfg, machine, 2, stop)['val_ce']
-    sums = []  # of each rank, as Machine.sum would add them
-    monkeypatch.setattr(runs.Machine, 'sum', lambda _, values: sums.append(values) or values)
-    for rank in range(ranks):
-        train.probe(model, documents, cfg, machine._replace(rank=rank, world_size=ranks))
-    ce, n = map(sum, zip(*sums))
-    assert ce / n == pytest.approx(whole, rel=1e-6) and model.training
-
-
-@pytest.mark.parametrize('split, kept', [('val', 0), ('test', 12)])
+@pytest.mark.parametrize('split, kept', [('val', 4), ('test', 12)])
 def test_the_test_split_chooses_nothing(split, kept, tmp_path, monkeypatch):
     """best.pt is the run's lowest of val, and of test merely its latest."""
     worse_and_worse = iter(range(1, 99))
@@ -440,16 +421,6 @@ def test_a_run_names_its_data_truly(tmp_path):
         train.main(config(tmp_path / 'x', columns=('prompt:question',)))
 
 
-def test_a_model_that_is_no_more_is_told(tmp_path, capsys):
-    train.main(config(tmp_path / 'run', learning_rate=1e30, min_lr=1e30, warmup_iters=0, max_iters=3))
-    assert 'warning: this model is no more, best.pt is from before' in capsys.readouterr().out
-
-
-def test_absurd_options_are_refused(tmp_path):
-    said = list(config('', batch_size=10 ** 9).check())
-    assert any('out_dir is empty' in line for line in said) and any('batch_size' in line for line in said)
-
-
 def test_what_is_not_installed_is_told_before_all_else(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, 'find_spec', lambda name: None)
     assert list(config(tmp_path, wandb=True, tensorboard=True).check()) == [
@@ -459,7 +430,11 @@ def test_what_is_not_installed_is_told_before_all_else(tmp_path, monkeypatch):
 def test_a_command_as_typed(tmp_path):
     """Exit codes and sentences of the real script."""
     done = subprocess.run(command(tmp_path / 'run', max_iters=2), capture_output=True, text=True)
-    assert done.returncode == 0 and 'hear it with python sample.py' in done.stdout and not done.stderr
+    assert done.returncode == 0 and not done.stderr
+    command_of_sample = done.stdout.partition('sample from it: ')[2].strip()
+    assert command_of_sample.startswith('python sample.py')  # and it works as printed
+    sampled = subprocess.run(command_of_sample.replace('python sample.py', f'{sys.executable} {ROOT}/sample.py'), shell=True)
+    assert sampled.returncode == 0
     again = subprocess.run(command(tmp_path / 'run', max_iters=2), capture_output=True, text=True)
     assert again.returncode == 1 and 'is not empty' in again.stderr and 'Traceback' not in again.stderr
     wrong = subprocess.run(command(tmp_path / 'run', '--learning_rte=1', '--n_head=3'), capture_output=True, text=True)
