@@ -72,7 +72,6 @@ class Config(RunConfig):
     reward_model: str = ''             # ppo, and for distill's report: folder of a reward run
     answers_per_prompt: int = 8        # ppo: samples that a reward is renormalised over
     moment_order: int = 2              # ppo: n of the renormalised reward, 2 or 3
-    moments: tuple[float, ...] = ()    # ppo: explicit targets (m3,) or (m3, m4) instead
     monotone: bool = True              # ppo: a renormalised reward keeps the order of the answers
     renormalize_over: str = 'prompt'   # ppo: prompt, or batch for all answers of an iteration at once
     missing_eot_penalty: float = 1.0   # ppo: off the reward of an answer that did not end, before renormalising
@@ -106,7 +105,7 @@ class Config(RunConfig):
         yield from at_most(self, 1, 'gamma', 'gae_lambda')
         yield from at_most(self, 10 ** 9, 'max_iters', 'iterations')
         yield from at_most(self, 1000, 'rank_order', 'token_order')
-        if self.moment_order == 3 and not self.moments and self.renormalize_over == 'prompt':
+        if self.moment_order == 3 and self.renormalize_over == 'prompt':
             if self.answers_per_prompt < 4:
                 yield (f'moment_order=3 has no solution for answers_per_prompt={self.answers_per_prompt}: the skewness '
                        'of K numbers is at most (K-2)/sqrt(K-1); use 4 or more')
@@ -116,9 +115,9 @@ class Config(RunConfig):
             yield (f'groups_per_iteration={self.groups_per_iteration} is no multiple of groups_per_step='
                    f'{self.groups_per_step}')
         try:
-            renormalize_reward(torch.zeros(1, 2), self.moment_order, self.monotone, self.moments or None)
+            renormalize_reward(torch.zeros(1, 2), self.moment_order, self.monotone)
         except ValueError as error:
-            yield f'moment_order, moments: {error}'
+            yield f'moment_order: {error}'
 
 
 # build: modules to train and modules kept frozen, by name -------------------------------------------------------------
@@ -236,7 +235,7 @@ def collect_rollouts(run, iteration):
     last = batch['answer'].gather(2, length[..., None] - 1)[..., 0]
     raw -= cfg.missing_eot_penalty * (last != run.encoding.eot_token)
     over = raw if cfg.renormalize_over == 'prompt' else raw.view(1, -1)
-    renormalized = renormalize_reward(over, cfg.moment_order, cfg.monotone, cfg.moments or None)
+    renormalized = renormalize_reward(over, cfg.moment_order, cfg.monotone)
 
     log_ratio = old_log_p - start_log_p
     reward = -cfg.beta * log_ratio
