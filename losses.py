@@ -345,12 +345,14 @@ def plackett_luce_log_prob(scores, valid=None):
     return log_p.masked_fill(~valid, 0.0)
 
 
-def plackett_luce_loss(scores, n=0, valid=None):
+def plackett_luce_loss(scores, n=0, valid=None, top=None):
     """sum_k T_n(p_k) over the stages of a ranking: scores (..., K), best first -> (...); log K! at equal scores, n = 0.
 
     With implicit rewards as scores and n = 0 this is PL-DPO (K = 2: DPO). `valid` as in `plackett_luce_log_prob`.
+    top: only the first `top` stages count, a partial ranking: the best `top` are in order, the rest lie below them in
+    no known order. top = 1 is the choice of the best, -log softmax(scores)_1; None counts all stages.
     """
-    return taylor_loss(plackett_luce_log_prob(scores, valid), n).sum(-1)
+    return taylor_loss(plackett_luce_log_prob(scores, valid)[..., :top], n).sum(-1)
 
 
 # Rewards ----------------------------------------------------------------------------------------------------------
@@ -358,130 +360,101 @@ def plackett_luce_loss(scores, n=0, valid=None):
 
 class Renormalized(NamedTuple):
     reward: torch.Tensor    # (..., K) R
-    residual: torch.Tensor  # (...) root of the summed squares of E[R^k] - m_k, k >= 3; n = 3: |E[R^3] - 1|
-    exact: torch.Tensor     # (...) bool: a group with spread that meets its moments, residual <= 1e-8
+    residual: torch.Tensor  # (...) |E[R^3] - 1| for n = 3, 0 for n = 2; NaN where a reward is not finite
+    exact: torch.Tensor     # (...) bool: the group has spread, and its residual is at most 1e-8
 
 
 @torch.no_grad()
-def renormalize_reward(reward, n=2, monotone=True, moments=None):
-    """R = sum_{k<n} c_k r^k with E[R] = 0 and E[R^k] = 1, k = 2..n: reward (..., K) -> Renormalized, no gradient.
+def renormalize_reward(reward, n=2, monotone=True):
+    """R = sum_{k<=n} c_k r^k with E[R] = 0 and E[R^k] = 1 for k = 2..n: reward (..., K) -> Renormalized, no gradient.
 
-    E is the mean over the K answers of a group. n = 2 is whitening. For n = 3, R = cos(a) phi_1 + sin(a) phi_2 with
-    the group's orthonormal polynomials phi has the first two moments for every a, and a sets the third.
-    monotone: keep the order of the answers, and of all such a take the one with E[R^3] nearest to 1;
-    False takes the exact root nearest to a = 0, which often ranks a worse answer higher.
-    moments: targets (m3,) or (m3, m4) in place of ones, met in the least-squares sense; they set n = 2 + their number.
-    Fewer than three distinct rewards give phi_1, rewards without spread (std <= 1e-6 max(1, max |r|)) give R = 0.
-    Raises ValueError for an n other than 2 and 3, or moments that no distribution has.
+    E is the mean over the K answers of a group. n = 2 is whitening. For n = 3, R = a_1 phi_1 + a_2 phi_2 + a_3 phi_3
+    with the group's orthonormal polynomials phi and |a| = 1 has the first two moments, and a sets the third.
+    monotone: R keeps the order of r; differences between neighbours are at least 1 % of phi_1's. Of all solutions the
+    one nearest to phi_1, with c_3 = 0 where that suffices; where there is none, the R with E[R^3] nearest to 1.
+    False: the solution with c_3 = 0 nearest to phi_1, which often ranks a worse answer higher.
+    Two distinct rewards give phi_1, rewards without spread (std <= 1e-6 max(1, max |r|)) give R = 0.
+    Raises ValueError for an n other than 2 and 3.
     """
-    targets = _moment_targets(n, moments)
+    if n not in (2, 3):
+        raise ValueError(f'renormalised rewards exist for n = 2 and n = 3 only, but got n={n}' + (
+            ': E[R] = 0, E[R^2] = 1 and E[R^3] = 1 force E[R^4] >= 2 (kurtosis >= skewness^2 + 1)' if n >= 4 else ''))
     # sorted, so that the order is a matter of neighbours; in float64, for E[R^3] cancels
     r, order = reward.double().reshape(-1, reward.shape[-1]).sort(-1)
-    phi = _orthonormal_polynomials(r, 1 + len(targets))
-    bent, whitened, step = phi[0], phi[0], phi[0].diff()
-    if targets:
-        # of phi_k against phi_1, between neighbours; 0, at ties and at the end, binds nothing, for slopes average 0
-        slopes = [F.pad(torch.where(step > 0, p.diff() / step, 0.0), (0, 1)) for p in phi[1:]]
-        solve = _one_angle if len(targets) == 1 else _two_angles
-        bent = solve(torch.stack(phi, 1), torch.stack(slopes, 1), monotone, *targets)
-        ordered = ((bent.diff() > 0) == (step > 0)).all(-1, keepdim=True)
-        three_values = (phi[1] != 0).any(-1, keepdim=True)
-        bent = torch.where(three_values & (ordered | (not monotone)), bent, whitened)
-    missed = torch.zeros_like(r[:, 0])
-    for k, target in enumerate(targets, 3):
-        missed = torch.hypot(missed, (bent ** k).mean(-1) - target)
-    exact = (missed <= 1e-8) & (whitened != 0).any(-1)
-    shape, bent = reward.shape[:-1], torch.empty_like(bent).scatter_(-1, order, bent)
-    return Renormalized(bent.to(reward.dtype).view_as(reward), missed.to(reward.dtype).view(shape), exact.view(shape))
+    phi = _orthonormal_polynomials(r)
+    R = whitened = phi[:, 0]
+    residual = (0 * R).sum(-1)
+    if n == 3:
+        R = _third_moment(phi, monotone)
+        kept = (phi[:, 1] != 0).any(-1, keepdim=True)  # two distinct values have no phi_2
+        if monotone:  # rewards that are as good as equal may change places by rounding
+            kept &= ((R.diff() > 0) == (whitened.diff() > 0)).all(-1, keepdim=True)
+        R = torch.where(kept, R, whitened)
+        residual = ((R ** 3).mean(-1) - 1).abs()
+    exact = (residual <= 1e-8) & (whitened != 0).any(-1)
+    shape, R = reward.shape[:-1], torch.empty_like(R).scatter_(-1, order, R)
+    return Renormalized(R.to(reward.dtype).view_as(reward), residual.to(reward.dtype).view(shape), exact.view(shape))
 
 
-def _moment_targets(n, moments):
-    """The targets of E[R^3], E[R^4], ..., as many as there are."""
-    if moments:
-        if len(moments) > 2:
-            raise ValueError(f'moments are (m3,) or (m3, m4), targets for E[R^3] and E[R^4], but got {moments}')
-        if len(moments) == 2 and not moments[1] >= moments[0] ** 2 + 1:
-            raise ValueError(f'no distribution has moments={moments}: kurtosis >= skewness^2 + 1, so m4 must be at '
-                             f'least {moments[0] ** 2 + 1:g}')
-        return tuple(moments)
-    if n not in (2, 3):
-        raise ValueError(f'renormalised rewards exist for n = 2 and 3 only, but got n={n}' + (
-            ': E[R] = 0, E[R^2] = 1 and E[R^3] = 1 force E[R^4] >= 2 (kurtosis >= skewness^2 + 1); give explicit '
-            'targets instead, for example moments=(0, 3) for Gaussian-shaped rewards' if n >= 4 else ''))
-    return (1.0,) * (n - 2)
-
-
-def _orthonormal_polynomials(r, degree):
-    """phi_1 .. phi_degree of r over each group: sorted r (G, K) -> a list of (G, K); 0 where values run out."""
+def _orthonormal_polynomials(r):
+    """phi_1, phi_2, phi_3 of r over each group: sorted r (G, K) -> (G, 3, K); 0 where distinct values run out."""
     x = r - r[:, :1]  # first, so that a large offset costs no digits
     x = x - x.mean(-1, keepdim=True)
     std = x.square().mean(-1, keepdim=True).sqrt()
     flat = std <= 1e-6 * r.abs().amax(-1, keepdim=True).clamp(min=1)
     phi = [torch.ones_like(r), torch.where(flat, 0.0, x / std)]
-    for _ in range(degree - 1):
+    for _ in range(2):
         v = phi[1] * phi[-1]
         for p in phi + phi:  # Gram-Schmidt; twice is enough
             v = v - (v * p).mean(-1, keepdim=True) * p
         norm = v.square().mean(-1, keepdim=True).sqrt()
         phi.append(torch.where(norm > 1e-12, v / norm, 0.0))
-    return phi[1:]
+    return torch.stack(phi[1:], 1)
 
 
-def _one_angle(phi, slopes, monotone, m3):
-    """R = cos(a) phi_1 + sin(a) phi_2 with E[R^3] nearest to m3; of several roots, the one with the smallest |a|.
+def _third_moment(phi, monotone):
+    """R of n = 3 over phi (G, 3, K) -> (G, K): first with c_3 = 0, then in directions t all around phi_1."""
+    t = phi.new_tensor([0, torch.pi]).expand(len(phi), 2)
+    _, R, residual = _best_direction(phi, t, monotone)
+    free = (residual > 1e-8) & (phi[:, 2] != 0).any(-1)
+    if monotone and free.any():
+        width = torch.pi / 16
+        t = width * torch.arange(32).to(phi).expand(int(free.sum()), 32)
+        for _ in range(11):  # each time into a quarter of the width, around the best
+            best, R[free], residual[free] = _best_direction(phi[free], t, monotone)
+            t = best + width * torch.linspace(-1, 1, 9).to(phi)
+            width /= 4
+    return R
 
-    phi (G, 2, K), slopes (G, 1, K) -> R (G, K).
+
+def _best_direction(phi, t, monotone):
+    """The best R = cos(a) phi_1 + sin(a) (cos(t) phi_2 + sin(t) phi_3), a >= 0, over the directions t (G, D).
+
+    That is the root of E[R^3] = 1 with the smallest a, or else the least error -> t (G, 1), R (G, K), error (G,).
     """
-    if monotone:
-        # the order holds while cos(a) + sin(a) slope > 0 for all slopes; 1 % inside, so that it holds strictly
-        one = torch.ones_like(phi[:, :1, 0])
-        lo, hi = -torch.atan2(one, slopes.amax(-1)), torch.atan2(one, -slopes.amin(-1))
-        lo, hi = lo + 0.01 * (hi - lo), hi - 0.01 * (hi - lo)
-    else:
-        hi = torch.full_like(phi[:, :1, 0], torch.pi)
-        lo = -hi
-    cubic = [c * (phi[:, :1] ** (3 - k) * phi[:, 1:] ** k).mean(-1) for k, c in enumerate((1, 3, 3, 1))]
-    grid = torch.linspace(0, 1, 257, dtype=phi.dtype, device=phi.device)
-    for _ in range(7):  # each time into the cell that holds the root, or into the two cells around the least error
-        a = lo + (hi - lo) * grid
-        error = sum(c * a.cos() ** (3 - k) * a.sin() ** k for k, c in enumerate(cubic)) - m3
-        left, right = error[:, :-1], error[:, 1:]
-        crosses = (left < 0) != (right < 0)
-        root = a[:, :-1] + a.diff() * left / (left - right)
-        cell = torch.where(crosses, root.abs(), torch.inf).argmin(-1, keepdim=True)
-        least, found = error.abs().argmin(-1, keepdim=True), crosses.any(-1, keepdim=True)
-        lo = a.gather(1, torch.where(found, cell, least - 1).clamp(min=0))
-        hi = a.gather(1, torch.where(found, cell, least).add(1).clamp(max=256))
-    a = (lo + hi) / 2
-    return a.cos() * phi[:, 0] + a.sin() * phi[:, 1]
-
-
-def _two_angles(phi, slopes, monotone, m3, m4):
-    """R = cos(a) phi_1 + sin(a) (u_2 phi_2 + u_3 phi_3) with the least (E[R^3] - m3)^2 + (E[R^4] - m4)^2.
-
-    phi (G, 3, K), slopes (G, 2, K) -> R (G, K). Along each unit vector u the order holds on an arc 0 <= a < end(u), so
-    that the unit disk is a map of all R that keep it: direction u, radius a / end(u). A shrinking grid searches it.
-    """
-    present = (phi != 0).any(-1)[:, None]  # three values leave phi_3 out
-    pairs = (phi[:, :, None] * phi[:, None]).flatten(1, 2)
-    third, fourth = pairs @ phi.mT / phi.shape[-1], pairs @ pairs.mT / phi.shape[-1]
-    point = phi.new_zeros(len(phi), 1, 2)
-    for width in [1.0] + [0.25 * 0.8 ** i for i in range(110)]:
-        axis = torch.linspace(-width, width, 65 if width == 1 else 9, dtype=phi.dtype, device=phi.device)
-        points = point + torch.cartesian_prod(axis, axis)
-        radius = points.norm(dim=-1, keepdim=True)
-        u = points / radius.clamp(min=1e-300)
-        end = torch.pi
-        if monotone:
-            end = 0.99 * torch.atan2(torch.ones_like(radius), -(u @ slopes).amin(-1, keepdim=True))
-        a = radius.clamp(max=1) * end
-        c = torch.cat([a.cos(), a.sin() * u], -1) * present
-        c = c / c.norm(dim=-1, keepdim=True)
-        cc = (c[..., :, None] * c[..., None, :]).flatten(-2)
-        error = (((cc @ third) * c).sum(-1) - m3) ** 2 + (((cc @ fourth) * cc).sum(-1) - m4) ** 2
-        least = error.argmin(-1)[:, None, None]
-        point = points.gather(1, least.expand(-1, -1, 2))
-    return (c.gather(1, least.expand(-1, -1, 3)) @ phi)[:, 0]
+    phi_1, phi_2, phi_3 = phi[:, :, None].unbind(1)
+    v = t.cos()[..., None] * phi_2 + t.sin()[..., None] * phi_3
+    end = torch.full_like(t, torch.pi)
+    if monotone:  # the order holds while cos(a) + sin(a) slope >= 0.01, for the least slope of v over phi_1
+        slope = torch.where(phi_1.diff() > 0, v.diff() / phi_1.diff(), 0.0)
+        slope = F.pad(slope, (0, 1)).amin(-1)  # 0 binds nothing, at ties or for K = 1
+        end = 2 * torch.atan2(torch.full_like(t, 0.99), (slope ** 2 + 1 - 0.01 ** 2).sqrt() - slope)
+    m0, m1, m2, m3 = ((phi_1 ** (3 - k) * v ** k).mean(-1, keepdim=True) for k in range(4))
+    lo, hi = torch.zeros_like(end)[..., None], end[..., None]
+    for cells in (32, *[8] * 11):  # each time into the first cell with a root, or the two around the least error
+        a = lo + (hi - lo) * torch.linspace(0, 1, cells + 1).to(phi)
+        cos, sin = a.cos(), a.sin()
+        error = m0 * cos ** 3 + 3 * m1 * cos ** 2 * sin + 3 * m2 * cos * sin ** 2 + m3 * sin ** 3 - 1
+        roots = (error[..., :-1] < 0) != (error[..., 1:] < 0)
+        found, least = roots.any(-1, keepdim=True), error.abs().argmin(-1, keepdim=True)
+        start = torch.where(found, roots.byte().argmax(-1, keepdim=True), least - 1).clamp(min=0)
+        stop = torch.where(found, start, least).add(1).clamp(max=cells)
+        lo, hi = a.gather(-1, start), a.gather(-1, stop)
+    a = ((lo + hi) / 2)[..., 0]
+    best = torch.where(found[..., 0], a - 10, error.abs().amin(-1)).argmin(-1, keepdim=True)  # roots first
+    t, a = t.gather(1, best), a.gather(1, best)
+    R = a.cos() * phi[:, 0] + a.sin() * (t.cos() * phi[:, 1] + t.sin() * phi[:, 2])
+    return t, R, ((R ** 3).mean(-1) - 1).abs()
 
 
 # Policies ---------------------------------------------------------------------------------------------------------
