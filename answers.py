@@ -53,7 +53,7 @@ class Stopped(Exception):
 
 
 def cut_prompts(lab, groups):
-    """Prompts keep their last block_size - max_new_tokens tokens, whatever their answers are: list of Group -> the same.
+    """list of Group -> the same, prompts cut to their last block_size - max_new_tokens tokens, whatever their answers.
     """
     room = lab.block_size - lab.cfg.max_new_tokens
     return [group._replace(prompt=group.prompt[-room:]) for group in groups]
@@ -86,8 +86,8 @@ def usable_rankings(lab, groups):
     left = np.add.reduceat(keep, groups.first[:-1]) if len(sizes) else sizes
     keep &= np.repeat(left > 1, sizes)
     counts = {'prompts lose their beginning': (prompt_length > room).sum(), 'answers are cut': too_long.sum(),
-              'answers equal a better one then and are left out': (left < sizes)[left > 1].sum() and
-              (sizes - left)[left > 1].sum(), 'rankings keep one answer and are dropped': (left < 2).sum()}
+              'answers equal a better one then and are left out': (sizes - left)[left > 1].sum(),
+              'rankings keep one answer and are dropped': (left < 2).sum()}
     kept = groups._replace(prompts=groups.prompts[left > 1], ids=groups.ids[left > 1], answers=groups.answers[keep],
                            scores=groups.scores[keep], first=np.concatenate([[0], np.cumsum(left[left > 1])]))
     return kept, ', '.join(f'{n:,} {what}' for what, n in counts.items() if n)
@@ -113,9 +113,9 @@ def token_rows(batch, rows):
 
 def select(batch, rows):
     """The prompts `rows` of a batch, with all that belongs to them."""
-    prompts, tokens, G = batch['prompt'].split(batch['prompt_length'].tolist()), token_rows(batch, rows), len(batch['group'])
-    return {name: torch.cat([prompts[g] for g in rows]) if name == 'prompt' else x[rows] if len(x) == G else x[tokens]
-            for name, x in batch.items()}
+    prompts, tokens = batch['prompt'].split(batch['prompt_length'].tolist()), token_rows(batch, rows)
+    chosen = {name: x[rows if len(x) == len(batch['group']) else tokens] for name, x in batch.items() if name != 'prompt'}
+    return dict(chosen, prompt=torch.cat([prompts[g] for g in rows]))
 
 
 def answers_of(batch):
@@ -144,7 +144,7 @@ class Rows(NamedTuple):
 
 
 def pack(batch, device='cpu'):
-    """A batch -> Rows. A row: the prompt but its last token; then for each answer that last token and the answer's own."""
+    """A batch -> Rows. A row: the prompt without its last token; then for each answer that token and the answer's."""
     rows, places, owners, ends = [], [], [], []
     prompts, K = batch['prompt'].split(batch['prompt_length'].tolist()), batch['answer_length'].shape[1]
     for g, (prompt, answers) in enumerate(zip(prompts, answers_of(batch))):
@@ -238,7 +238,7 @@ def answer_log_prob(rows, log_p, token_order=0):
 
 
 def log_prob_under(lab, model, batch, token_order=0):
-    """Of all answers under a frozen model: dict(log_p, and ordered, what token_order puts in its place), (G, K) each."""
+    """Of all answers under a frozen model: dict(log_p, ordered = what token_order puts in its place), (G, K) each."""
     def function(rows):
         log_p = token_log_probs(lab, model, hidden_states(lab, model, rows), rows)
         return dict(log_p=rows.per_answer(log_p), ordered=answer_log_prob(rows, log_p, token_order))
@@ -325,7 +325,7 @@ def weights_hash(weights):
 
 
 class Selves:
-    """pi_0 (the start), pi_1, ...: the policy as each iteration found it. Their hashes, and in out_dir/selves weights."""
+    """pi_0 (the start), pi_1, ...: the policy as each iteration found it: hashes, and weights in out_dir/selves."""
 
     def __init__(self, out_dir, start):
         self.folder, self.hashes = Path(out_dir) / 'selves', {0: weights_hash(start['model'])}

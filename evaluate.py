@@ -40,8 +40,7 @@ class Evaluation:
         self.posts = [post_of(lab, prompt) for prompt in self.prompts]
 
     def __call__(self, step):
-        metrics = self.rankings(step) | (self.samples(step) if self.asked else {})
-        return metrics
+        return self.rankings(step) | (self.samples(step) if self.asked else {})
 
     def rankings(self, step):
         lab, held, valid = self.lab, self.held, self.held['answer_length'] > 0
@@ -71,19 +70,18 @@ class Evaluation:
         ended = torch.tensor([answer[-1] == eot for answer in answers])
         length = batch['answer_length'].sum(1)
         metrics = dict(kl=(log_p - start_log_p).mean().item(), entropy=own['entropy'].mean().item(),
-                       answer_length=(length - ended.long()).float().mean().item(), eot_rate=ended.float().mean().item())
+                       answer_length=(length - ended.long()).float().mean().item(),
+                       eot_rate=ended.float().mean().item())
         columns = dict(log_prob=log_p.tolist())
         if self.toy:
             columns['true_quality'] = self.qualities(batch, self.posts)[:, 0].tolist()
             metrics['true_quality'] = float(np.mean(columns['true_quality']))
             if step == 0:
                 metrics |= self.quality_of_others()
-        if self.method.scorer is not None:
-            reward = rewards(lab, self.method.scorer, batch)
-            metrics |= self.method.report(self, batch, reward[:, 0])
-            columns['reward'] = reward[:, 0].tolist()
-        else:
-            metrics |= self.method.report(self, batch, None)
+        reward = rewards(lab, self.method.scorer, batch)[:, 0] if self.method.scorer else None
+        metrics |= self.method.report(self, batch, reward)
+        if reward is not None:
+            columns['reward'] = reward.tolist()
         for i, (post, answer) in enumerate(zip(self.posts[:KEPT], answers)):
             self.samples_log.write('eval', step=step, prompt=post, completion=text_of(lab, answer),
                                    ended=bool(ended[i]), **{name: column[i] for name, column in columns.items()})

@@ -99,7 +99,7 @@ def link_order(loss):
 
 
 def slope_of(loss, log_p):
-    """loss(log_p) and d loss / d log_p of each element, by autograd: log_p (N,) -> (N,), (N,). For T_n: T_n and -q^n."""
+    """loss(log_p) and its slope d loss / d log_p, elementwise, by autograd: (N,) -> (N,), (N,). For T_n: T_n, -q^n."""
     with torch.enable_grad():
         log_p = log_p.detach().requires_grad_()
         value = loss(log_p)
@@ -120,8 +120,8 @@ def linear_loss(hidden, weight, targets, loss, vocab_size=None):
     log p; its slope is taken by autograd on a chunk's (R,) log-probabilities, and slope * (onehot - softmax) is the
     gradient on the logits. So the forward pass makes both gradients, with three matrix products and nothing recomputed,
     and the backward pass scales them; none is made where none is wanted.
-    log_p carries no gradient, and is 0 where the target is -1. It comes from the sum of the OTHER probabilities, so that
-    -expm1(log_p) is q = 1 - p with all its digits.
+    log_p carries no gradient, and is 0 where the target is -1. It comes from the sum of the OTHER probabilities, so
+    that -expm1(log_p) is q = 1 - p with all its digits.
 
     vocab_size: ids from here on are padding and have probability 0 (default: none). Products run in the autocast dtype
     where autocast is on, else in hidden's, float16 in float32; sums are kept in float32 or better.
@@ -271,8 +271,8 @@ def _check_elementwise(loss, device):
     log_p = torch.linspace(-9, -0.1, 8, device=device)
     whole = loss(log_p)
     if whole.shape != log_p.shape or not torch.allclose(whole, torch.cat([loss(part) for part in log_p.split(4)])):
-        raise ValueError(f'a loss is an elementwise function of log p, but {loss_name(loss)} mixes its elements; return '
-                         'one value for each, and leave sums and means to linear_loss')
+        raise ValueError(f'a loss is an elementwise function of log p, but {loss_name(loss)} mixes its elements; '
+                         'return one value for each, and leave sums and means to linear_loss')
 
 
 def loss_name(loss):

@@ -62,7 +62,8 @@ class Config(RunConfig):
     max_answers: int = 0               # dpo, reward: answers per ranking, at random from a longer one; 0 = all
     rank_order: int = 0                # dpo, spin, distill, reward: n of T_n on the stages of a ranking
     token_order: int = 0               # dpo, spin, distill, ppo: -T_m in place of the tokens' log p; 0 = log p
-    sft_weight: float = 0.0            # dpo, spin, distill, reward: of the best answer's cross-entropy beside the loss
+    sft_weight: float = 0.0            # dpo, spin, distill, reward: of the best answers' language loss, a token
+    sft_order: int = 0                 # dpo, spin, distill, reward: n of T_n in the language loss; 0 = cross-entropy
     opponents: int = 1                 # spin: past selves that answer, the latest first
     league: str = 'tied'               # spin: tied = data above every self; ordered = later selves above earlier ones
     anchor_first: bool = False         # spin: pi_0 is one of the opponents, the others are the latest selves
@@ -98,7 +99,7 @@ class Config(RunConfig):
                             'opponents')
         yield from at_least(self, 2, 'answers_per_prompt')
         yield from at_least(self, 0, 'block_size', 'max_iters', 'beta', 'groups_per_iteration', 'micro_groups',
-                            'max_answers', 'rank_order', 'token_order', 'sft_weight', 'margin_stop',
+                            'max_answers', 'rank_order', 'token_order', 'sft_weight', 'sft_order', 'margin_stop',
                             'missing_eot_penalty', 'gamma', 'gae_lambda', 'clip_range', 'kl_stop', 'eval_groups',
                             'eval_samples')
         if self.max_answers == 1:
@@ -167,7 +168,7 @@ class Method:
 class RankingMethod(Method):
     """sum_k T_n(p_k) over the stages of each ranking, averaged over the prompts of a step: dpo, spin, distill, reward.
 
-    sft_weight adds the best answers' cross-entropy a token (Pang et al. 2024; for rewards Yang et al. 2024).
+    sft_weight adds the best answers' cross-entropy a token, or T_n of it (Pang et al. 2024; for rewards Yang et al. 2024).
     """
     top = None  # how many stages of a ranking count; None = all
 
@@ -195,14 +196,15 @@ class RankingMethod(Method):
             margin = score[:, 0] - score[own]
             stats |= dict(self_margin=margin.sum() / G, self_square=margin.square().sum() / G)
         if cfg.sft_weight:
-            stats['sft_loss'] = -log_p[rows.owner % valid.shape[1] == 0].sum() / counts['best_tokens']
+            best = log_p[rows.owner % valid.shape[1] == 0]
+            stats['sft_loss'] = taylor_loss(best, cfg.sft_order).sum() / counts['best_tokens']
             loss = loss + cfg.sft_weight * stats['sft_loss']
         return loss, stats
 
 
 class DPO(RankingMethod):
     """The data's rankings; the reference is the start."""
-    options, best = ('beta', 'max_answers', 'rank_order', 'token_order', 'sft_weight'), 'rank_accuracy'
+    options, best = ('beta', 'max_answers', 'rank_order', 'token_order', 'sft_weight', 'sft_order'), 'rank_accuracy'
 
     def collect(self, iteration, step):
         lab, batch = self.lab, data_rankings(self.lab, iteration)
@@ -212,7 +214,7 @@ class DPO(RankingMethod):
 
 class RewardModel(RankingMethod):
     """The data's rankings; the score is a scalar head's, and there is no reference."""
-    options, best = ('reward_read', 'max_answers', 'rank_order', 'sft_weight'), 'rank_accuracy'
+    options, best = ('reward_read', 'max_answers', 'rank_order', 'sft_weight', 'sft_order'), 'rank_accuracy'
 
     def __init__(self, lab, start, selves):
         super().__init__(lab, start, selves)
@@ -235,7 +237,7 @@ class RewardModel(RankingMethod):
 
 class SPIN(RankingMethod):
     """data > pi_t, or data > {pi_t, pi_{t-1}, ...} with more opponents; the reference is pi_t (Chen et al. 2024)."""
-    options = ('beta', 'rank_order', 'token_order', 'sft_weight', 'opponents', 'league', 'anchor_first', 'margin_stop')
+    options = ('beta', 'rank_order', 'token_order', 'sft_weight', 'sft_order', 'opponents', 'league', 'anchor_first', 'margin_stop')
 
     def __init__(self, lab, start, selves):
         super().__init__(lab, start, selves)
@@ -302,7 +304,7 @@ class SPIN(RankingMethod):
 
 class Distillation(SPIN):
     """data > teacher > pi_t; the reference is pi_t."""
-    options = ('beta', 'rank_order', 'token_order', 'sft_weight', 'teacher', 'reward_model', 'margin_stop')
+    options = ('beta', 'rank_order', 'token_order', 'sft_weight', 'sft_order', 'teacher', 'reward_model', 'margin_stop')
 
     def __init__(self, lab, start, selves):
         super().__init__(lab, start, selves)
@@ -517,6 +519,9 @@ def main(cfg):
     per_iteration = updates_per_iteration(lab)
     cfg = replace(lab.cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * per_iteration))
     method.lab = lab = lab._replace(cfg=cfg)
+    if cfg.warmup_iters >= cfg.max_iters:
+        machine.print(f'note: the run of {cfg.max_iters} updates ends inside its warm-up of {cfg.warmup_iters}; use a '
+                      'smaller --warmup_iters')
 
     optimizers = [torch.optim.AdamW(decay_groups(method.trained.values(), cfg), lr=cfg.learning_rate, fused=True)]
     updates = Updates(optimizers, list(method.trained.values()), cfg, machine)

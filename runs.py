@@ -101,7 +101,7 @@ class Machine(NamedTuple):
         return range(self.rank * count // self.world_size, (self.rank + 1) * count // self.world_size)
 
     def sum(self, values):
-        """A list of numbers -> the list of their sums over ranks, in one message. All ranks wait here for each other."""
+        """A list of numbers -> the list of their sums over ranks, in one message. Ranks wait here for each other."""
         if self.world_size == 1:
             return values
         values = torch.tensor(values, dtype=torch.float64)  # on the CPU: gloo carries it, the GPU need not wait
@@ -150,8 +150,8 @@ def setup(device='auto', dtype='auto', compile=False):
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         if missing := {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} - os.environ.keys():
-            raise Refusal(f'WORLD_SIZE={world_size} is set in the environment, but {", ".join(sorted(missing))} is not; '
-                          'unset WORLD_SIZE, or start the ranks with torchrun')
+            raise Refusal(f'WORLD_SIZE={world_size} is set in the environment, but {", ".join(sorted(missing))} is '
+                          'not; unset WORLD_SIZE, or start the ranks with torchrun')
         timeout = timedelta(seconds=RANK_TIMEOUT)
         store, *_ = next(dist.rendezvous('env://', timeout=timeout))
         if world_size == int(os.environ.get('LOCAL_WORLD_SIZE', 0)):
@@ -555,7 +555,7 @@ def load_weights(where, which='best'):
 
 
 def load_run(cfg, option, encoding):
-    """`load_weights` of the run that cfg.<option> names. Refuses where there is none, with the command that makes it."""
+    """`load_weights` of the run that cfg.<option> names. Refuses where there is none, with a command that makes it."""
     folder = getattr(cfg, option)
     where = Path(folder or f'out/{option}')
     if where.is_file() or (where / 'best.pt').exists() or checkpoints(where):
@@ -589,7 +589,8 @@ def open_start(cfg, encoding):
         state = load_run(cfg, 'init_from', encoding)
         if 'model' not in state:
             raise Refusal(f'init_from={name} is a reward model and has no policy; name the folder of another run')
-    return crop({key: state.get(key) for key in ('model', 'model_config', 'encoding', 'link_order')}, cfg.block_size, name)
+    kept = {key: state.get(key) for key in ('model', 'model_config', 'encoding', 'link_order')}
+    return crop(kept, cfg.block_size, name)
 
 
 def is_hugging_face(name):

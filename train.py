@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +33,7 @@ class Config(RunConfig):
     batch_size: int = 32          # sequences a step, over all ranks and micro-batches
     micro_batch_size: int = 0     # sequences at a time, per rank, as memory allows; 0 = the rank's whole share
     block_size: int = 128         # tokens of context; that of a start is cropped to it
-    init_from: str = ''           # start: folder of a run or of a Hugging Face GPT-2, or gpt2, ..., gpt2-xl; '' = random
+    init_from: str = ''           # start: a run's folder, a Hugging Face GPT-2's, or gpt2, ..., gpt2-xl; '' = random
     cut: str = 'stream'           # stream: random windows of packed text; examples: each document from its start
     max_iters: int = 1000         # steps in all, unless epochs is set
     epochs: float = 0.0           # passes over the training text; 0 = max_iters counts
@@ -70,7 +71,8 @@ def evaluate(model, documents, rows, cfg, machine, order, stop):
     found |= dict(right=[torch.zeros(0)], leaked=[torch.zeros(0)])  # lists of values per token
     size = min(cfg.micro_batch_size or cfg.batch_size, 64)
     model.eval()
-    for first in progress(range(machine.rank * size, len(rows), machine.world_size * size), 'evaluating', machine.print):
+    firsts = range(machine.rank * size, len(rows), machine.world_size * size)
+    for first in progress(firsts, 'evaluating', machine.print):
         if stop.number:
             break
         idx, targets, leaked = prepare_shp.eval_batch(documents, cfg.cut, cfg.block_size, rows[first:first + size])
@@ -106,7 +108,7 @@ def evaluate(model, documents, rows, cfg, machine, order, stop):
     return metrics
 
 
-def main(cfg):
+def main(cfg, loss_of=None):
     machine = setup(cfg.device, cfg.dtype, cfg.compile)
     machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where they are missing
     data = prepare_shp.open_dataset(cfg)
@@ -122,7 +124,7 @@ def main(cfg):
                           cfg.bias, cfg.tie_weights)).to(machine.device)
     if 'model' in start:
         model.load_state_dict(start.pop('model'))
-    loss_of = partial(taylor_loss, n=cfg.taylor_order)        # change the loss here: any elementwise function of log p
+    loss_of = loss_of or partial(taylor_loss, n=cfg.taylor_order)  # change the loss here: any function of log p
     optimizers = [torch.optim.AdamW(decay_groups([model], cfg), lr=cfg.learning_rate, fused=True)]
     updates = Updates(optimizers, [model], cfg, machine)
     forward = torch.compile(model) if machine.compile else model
@@ -208,9 +210,10 @@ def main(cfg):
                 speed = (tokens - last_line[1]) / (now - last_line[2])
                 left = timedelta(seconds=round((cfg.max_iters - step) * (now - last_line[2]) / (step - last_line[0])))
                 mfu = speed * model.flops_per_token(cfg.block_size) / peak
+                lr = cfg.learning_rate * lr_factor(step - 1, cfg)
                 metrics.write('train', step=step, tokens=tokens, seconds=now - start_time, train_loss=loss, train_ce=ce,
-                              grad_norm=grad_norm, taylor_weight=weight, lr=cfg.learning_rate * lr_factor(step - 1, cfg),
-                              tokens_per_second=speed, skipped=updates.skipped)
+                              grad_norm=grad_norm, taylor_weight=weight, lr=lr, tokens_per_second=speed,
+                              skipped=updates.skipped)
                 machine.print(f'step {step}/{cfg.max_iters} {step / cfg.max_iters:.0%} loss {loss:.4f} ce {ce:.4f} '
                               f'norm {grad_norm:.2f} {speed / 1000:.1f}k tok/s {f"MFU {mfu:.0%} " if mfu else ""}'
                               f'ETA {left}')
@@ -235,6 +238,8 @@ def settle(cfg, machine, data):
     if cfg.epochs:
         passes = len(documents.offsets) - 1 if cfg.cut == 'examples' else len(documents.tokens) / cfg.block_size
         cfg = replace(cfg, max_iters=math.ceil(cfg.epochs * passes / cfg.batch_size))
+    for note in notes(cfg, documents):
+        machine.print(f'note: {note}')
     if not cfg.init_from:
         return cfg, {}
     if cfg.resume and checkpoints(cfg.out_dir):  # the weights are in the checkpoint: the shape alone counts
@@ -245,6 +250,23 @@ def settle(cfg, machine, data):
     machine.print(f'start {cfg.init_from}, which sets the shape: '
                   + ', '.join(f'{name}={getattr(cfg, name)}' for name in SHAPE))
     return cfg, start
+
+
+def notes(cfg, documents):
+    """What may make a run mean something else than its options seem to say: a sentence each."""
+    tokens, lengths = len(documents.tokens), np.diff(documents.offsets)
+    if cfg.cut == 'examples':
+        if cfg.block_size > 8 * lengths.max():
+            raise Refusal(f'block_size={cfg.block_size}, but no document is longer than {lengths.max()} tokens; use '
+                          f'--block_size={lengths.max()}')
+        if cut := (lengths > cfg.block_size + 1).mean():
+            yield f'{cut:.0%} of the documents are longer than the block, and their end-of-text is never seen'
+    if cfg.batch_size * cfg.block_size > tokens:
+        yield (f'a step reads {cfg.batch_size} x {cfg.block_size} tokens, more than the {tokens:,} of the training '
+               'text; a smaller --batch_size makes steps faster')
+    if cfg.warmup_iters >= cfg.max_iters:
+        yield (f'the run of {cfg.max_iters} steps ends inside its warm-up of {cfg.warmup_iters}; use a smaller '
+               '--warmup_iters')
 
 
 if __name__ == '__main__':
