@@ -114,7 +114,8 @@ def token_rows(batch, rows):
 def select(batch, rows):
     """The prompts `rows` of a batch, with all that belongs to them."""
     prompts, tokens = batch['prompt'].split(batch['prompt_length'].tolist()), token_rows(batch, rows)
-    chosen = {name: x[rows if len(x) == len(batch['group']) else tokens] for name, x in batch.items() if name != 'prompt'}
+    chosen = {name: x[rows if len(x) == len(batch['group']) else tokens] for name, x in batch.items()
+              if name != 'prompt'}
     return dict(chosen, prompt=torch.cat([prompts[g] for g in rows]))
 
 

@@ -107,8 +107,8 @@ class Config(RunConfig):
         if self.anchor_first and self.opponents < 2:
             yield 'anchor_first=True needs two opponents or more: with one, the only opponent would stay pi_0'
         if self.moment_order == 3 and self.renormalize_over == 'prompt' and self.answers_per_prompt < 4:
-            yield (f'moment_order=3 has no solution for answers_per_prompt={self.answers_per_prompt}: the skewness of K '
-                   'numbers is at most (K-2)/sqrt(K-1); use 4 or more')
+            yield (f'moment_order=3 has no solution for answers_per_prompt={self.answers_per_prompt}: the skewness of '
+                   'K numbers is at most (K-2)/sqrt(K-1); use 4 or more')
         if self.groups_per_step >= 1 and self.groups_per_iteration % self.groups_per_step:
             yield (f'groups_per_iteration={self.groups_per_iteration} is no multiple of groups_per_step='
                    f'{self.groups_per_step}')
@@ -168,7 +168,8 @@ class Method:
 class RankingMethod(Method):
     """sum_k T_n(p_k) over the stages of each ranking, averaged over the prompts of a step: dpo, spin, distill, reward.
 
-    sft_weight adds the best answers' cross-entropy a token, or T_n of it (Pang et al. 2024; for rewards Yang et al. 2024).
+    sft_weight adds the best answers' cross-entropy a token, sft_order makes it T_n (Pang et al. 2024; for rewards Yang
+    et al. 2024).
     """
     top = None  # how many stages of a ranking count; None = all
 
@@ -237,7 +238,8 @@ class RewardModel(RankingMethod):
 
 class SPIN(RankingMethod):
     """data > pi_t, or data > {pi_t, pi_{t-1}, ...} with more opponents; the reference is pi_t (Chen et al. 2024)."""
-    options = ('beta', 'rank_order', 'token_order', 'sft_weight', 'sft_order', 'opponents', 'league', 'anchor_first', 'margin_stop')
+    options = ('beta', 'rank_order', 'token_order', 'sft_weight', 'sft_order', 'opponents', 'league', 'anchor_first',
+               'margin_stop')
 
     def __init__(self, lab, start, selves):
         super().__init__(lab, start, selves)
