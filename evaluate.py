@@ -10,7 +10,6 @@ import torch
 import toy_shp
 from answers import (answer_tokens, for_all_groups, group_batch, log_prob_under, pack, past_self, post_of, rewards,
                      sample, shorten, text_of)
-from configurator import Refusal
 from losses import plackett_luce_loss
 from model import logit_rows
 from prepare_shp import pick_groups, visible
@@ -213,24 +212,23 @@ def report_policy_reward(run, samples, posts, reward):
 def report_between(run, samples, posts, reward):
     """Do the teacher's answers lie between the data's best and the student's own, on held-out prompts?"""
     whole = held_out_posts(run)
-    held = shorten(run, whole)
     if 'teacher' not in run.known:
-        try:
-            run.known['teacher'] = run.frozen['teacher'].answers(run, whole, EVAL)
-        except Refusal as error:  # a file of completions need not hold the held-out prompts
-            run.machine.print(f'note: no report on how the teacher does on held-out prompts: {error}')
-            run.known['teacher'] = None
-    if run.known['teacher'] is None:
-        return {}
-    metrics, answers = {}, dict(data=[group.answers[0] for group in held], teacher=run.known['teacher'])
+        taught = run.known['teacher'] = run.frozen['teacher'].answers(run, whole, EVAL)
+        if None in taught:  # a file of completions need not have the held-out prompts
+            run.machine.print(f'note: the teacher has answers to {len(whole) - taught.count(None)} of {len(whole)} '
+                              'held-out prompts; what evaluations say of it is about those')
     own = [answer[:length] for answer, length in zip(samples['answer'][:, 0].tolist(), samples['answer_length'][:, 0])]
-    batch = group_batch([group._replace(answers=list(three)) for group, *three in zip(held, *answers.values(), own)],
+    rows = [i for i, answer in enumerate(run.known['teacher']) if answer is not None]
+    if not rows:
+        return {}
+    held, metrics = shorten(run, whole), {}
+    batch = group_batch([held[i]._replace(answers=[held[i].answers[0], run.known['teacher'][i], own[i]]) for i in rows],
                         run.block_size, run.cfg.max_new_tokens)
     judges = {}
     if 'reward_model' in run.frozen:
         judges['reward'] = rewards(run, run.frozen['reward_model'], batch)
     if is_toy(run):
-        judges['quality'] = qualities(run, batch, posts)
+        judges['quality'] = qualities(run, batch, [posts[i] for i in rows])
     for judge, r in judges.items():
         metrics |= {f'{judge}_{who}': mean.item() for who, mean in zip(('data', 'teacher', 'self'), r.mean(0))}
         metrics[f'{judge}_agrees'] = ((r[:, 0] >= r[:, 1]) & (r[:, 1] >= r[:, 2])).float().mean().item()
