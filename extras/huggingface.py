@@ -229,7 +229,7 @@ def to_gpt2(weights, config):
 def write_model(folder, weights, config, encoding):
     """config.json, generation_config.json, model.safetensors and, of a ScalarHead, scalar_head.safetensors."""
     folder.mkdir(exist_ok=True)
-    if 'offset' in weights:
+    if 'head.weight' in weights:
         head = dict(weight=weights['head.weight'], offset=weights['offset'])
         save_file(head, folder / 'scalar_head.safetensors', metadata=dict(format='pt'))
         weights = {name.removeprefix('gpt.'): w for name, w in weights.items() if name not in ('head.weight', 'offset')}

@@ -219,7 +219,7 @@ def test_a_run_reports_on_the_held_out_prompts_that_the_file_has(tmp_path, capsy
     (['{"post_id": "a", "completion": " "}'], 'line 1: completion is empty'),
     (['{"post_id": "a", "completion": "x", "ended": "no"}'], 'line 1: .* ended is neither true nor false'),
     (['{"post_id": "stranger", "completion": "x"}'],
-     'no completion for (.*) of \\1 prompts, for example id .*, and 1 for others. The prompts to complete are written by'),
+     r'no completion for (.*) of \1 prompts, for example id .*, and 1 for others. The prompts to complete are written'),
     (['{"prompt": "a", "completion": "x"}'] * 3, r"line 3: a second completion of 'a\\nA:\\n'; keep one, say of one"),
     (['{"completion": "x"}'], 'line 1: prompt is missing or null'),
     (['{"prompt_id": "a", "text": "a post", "generated_text": "x"}'], 'it has text and generated_text; keep the one'),
