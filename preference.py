@@ -173,6 +173,12 @@ class RankingMethod(Method):
     """
     top = None  # how many stages of a ranking count; None = all
 
+    def rankings(self, iteration):
+        """The data's rankings of an iteration, cut to fit: a list of prepare_shp.Group."""
+        lab, cfg = self.lab, self.lab.cfg
+        return cut_answers(lab, pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab),
+                                            cfg.max_answers))
+
     def score(self, rows):
         """s = beta (log pi(y|x) - log pi_ref(y|x)), (G, K), and log p of each answer token, (M,)."""
         cfg = self.lab.cfg
@@ -208,7 +214,7 @@ class DPO(RankingMethod):
     options, best = ('beta', 'max_answers', 'rank_order', 'token_order', 'sft_weight', 'sft_order'), 'rank_accuracy'
 
     def collect(self, iteration, step):
-        lab, batch = self.lab, data_rankings(self.lab, iteration)
+        lab, batch = self.lab, make_batch(self.rankings(iteration))
         reference = self.selves.model(0, lab.machine.device)  # here only: none is held while training
         return dict(batch, ref_log_p=log_prob_under(lab, reference, batch, lab.cfg.token_order)['ordered']), {}
 
@@ -224,7 +230,7 @@ class RewardModel(RankingMethod):
         self.trained = dict(reward_model=self.scorer)
 
     def collect(self, iteration, step):
-        return data_rankings(self.lab, iteration), {}
+        return make_batch(self.rankings(iteration)), {}
 
     def score(self, rows):
         """s = r, (G, K), and log p of the tokens by the trunk's language head, (M,), None where nobody needs it."""
@@ -415,11 +421,6 @@ class PPO(Method):
 
 
 METHODS = dict(dpo=DPO, spin=SPIN, distill=Distillation, reward=RewardModel, ppo=PPO)
-
-
-def data_rankings(lab, iteration):
-    groups = pick_groups(lab.groups['train'], lab.cfg.seed, iteration, iteration_size(lab), lab.cfg.max_answers)
-    return make_batch(cut_answers(lab, groups))
 
 
 def frozen_reward_model(lab):
