@@ -421,6 +421,9 @@ class PPO(Method):
 
 
 METHODS = dict(dpo=DPO, spin=SPIN, distill=Distillation, reward=RewardModel, ppo=PPO)
+__doc__ += '\nMethods:\n' + ''.join(  # for --help
+    f'\n    {name:<10} {method.__doc__.splitlines()[0]}\n{"":<15}reads {", ".join(method.options)}'
+    for name, method in METHODS.items())
 
 
 def frozen_reward_model(lab):
