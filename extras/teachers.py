@@ -19,7 +19,7 @@ import prepare_shp
 from answers import gather_answers, leave_together, make_gpt, sample, text_of
 from configurator import Refusal, progress, run
 from prepare_shp import SEPARATOR, render
-from sources import checked_text, is_talk, parsed, said
+from extras.schemas import as_text, checked_text, is_conversation, parsed
 from runs import check_vocabulary, first_line, is_hugging_face, load_run, write_whole
 
 # in a line of completions, the first there is: whose prompt's it is, where train knows it, and what was said
@@ -113,7 +113,7 @@ class WrittenTeacher(nn.Module):
                 completion, ended = completion_of(row)
                 prompt, named = self.prompt_of(row)
                 if prompt in self.known and 'generated_text' in row:
-                    completion = without(completion, prompt, said(row.get('prompt')))
+                    completion = without(completion, prompt, as_text(row.get('prompt')))
                 if completion.strip() or row.get('ended') is not True:  # a run of ours may end an answer at once
                     checked_text('completion', completion)
             except ValueError as error:
@@ -159,7 +159,7 @@ class WrittenTeacher(nn.Module):
         if len(known) > 1:
             raise ValueError('its ids are of two prompts of train')
         id = next(iter(known.values()), None)
-        text = said(row.get('prompt'))
+        text = as_text(row.get('prompt'))
         if text is None and ids:
             return self.of_id.get(id), id or ids[0]
         prompt = render(checked_text('prompt', text).removesuffix(SEPARATOR), '')[0]
@@ -185,7 +185,7 @@ def completion_of(row):
     if len(found) > 1:
         raise ValueError(f"it has {' and '.join(found)}; keep the one that is the answer")
     text = row[found[0]] if found else None
-    if is_talk(text):  # the pipeline's conversation, the answer last
+    if is_conversation(text):  # the pipeline's conversation, the answer last
         if text[-1]['role'] != 'assistant':
             raise ValueError('its conversation does not end with the assistant')
         text = text[-1]['content']
