@@ -42,7 +42,6 @@ ROW_TRAIN = 0.8     # of the rows, under split='row'
 TOY_POSTS = {'train': 4000, 'validation': 400, 'test': 400}
 SPLITS = {'train': 'train', 'val': 'validation', 'test': 'test'}  # our names: SHP's
 MAX_TEXT = 2 ** 18  # characters; Reddit's longest post has 40,000, and tiktoken fails on 2^20 blanks in a row
-MAX_ID = 64         # characters; SHP's have 6
 DOCUMENT_FILES = {'.bin': np.uint16, '_offsets.bin': np.int64, '_leaked.bin': np.bool_}
 GROUP_ARRAYS = dict(tokens=np.uint16, offsets=np.int64, prompts=np.int64, answers=np.int64, first=np.int64,
                     scores=np.float64, ids=np.str_)
@@ -173,19 +172,20 @@ class Pair(NamedTuple):
 
 def read_shp(row):
     """{"post_id", "domain", "history", "labels": 1 = A, and of A and B "human_ref_A", "score_A", ...} -> Pair."""
-    def text(key, limit=MAX_TEXT):
-        return sys.intern(checked_text(key, row.get(key), limit))  # the rows of a post repeat its texts
+    def text(key):
+        return sys.intern(checked_text(key, row.get(key)))  # the rows of a post repeat its texts
 
-    a, b = (Comment(checked_number(f'score_{x}', row.get(f'score_{x}')),
-                    checked_number(f'created_at_utc_{x}', row.get(f'created_at_utc_{x}')),
-                    text(f'c_root_id_{x}'), text(f'human_ref_{x}')) for x in 'AB')
+    def number(key):
+        return checked_number(key, row.get(key))
+
     if row.get('labels') not in (0, 1):
         raise ValueError('labels is neither 0 nor 1')
-    better, worse = (a, b) if row['labels'] == 1 else (b, a)
+    better, worse = (Comment(number(f'score_{x}'), number(f'created_at_utc_{x}'), text(f'c_root_id_{x}'),
+                             text(f'human_ref_{x}')) for x in ('AB' if row['labels'] == 1 else 'BA'))
     if not _beats(better, worse):
         raise ValueError('label contradicts scores or times')
     domain = re.sub('_(train|validation|test)$', '', text('domain'))
-    return Pair(text('post_id', MAX_ID), text('history'), domain, better, worse)
+    return Pair(text('post_id'), text('history'), domain, better, worse)
 
 
 def read_ranked(row):
@@ -238,16 +238,16 @@ def _cleaned(ranking, where):
     if len(good) < 2:
         raise ValueError(bad[0] if bad else 'it has fewer than two answers')
     scores, answers = zip(*sorted(good, key=lambda pair: -pair[0]))
-    return Ranking(checked_text('id', id or where, MAX_ID), checked_text('prompt', prompt), answers, scores), bad
+    return Ranking(id or where, checked_text('prompt', prompt), answers, scores), bad
 
 
-def checked_text(key, text, limit=MAX_TEXT):
+def checked_text(key, text):
     """`text` if it is fit to be trained on, a conversation as text; else ValueError, which calls it `key`."""
     if isinstance(text, list):
         from extras.schemas import as_text
         text = as_text(text)
     reason = ('is missing or null' if text is None else 'is not text' if not isinstance(text, str) else
-              f'is longer than {limit} characters' if len(text) > limit else 'is empty' if not text.strip() else
+              f'is longer than {MAX_TEXT} characters' if len(text) > MAX_TEXT else 'is empty' if not text.strip() else
               'holds a NUL or half a surrogate pair' if re.search('[\0\ud800-\udfff]', text) else '')
     if reason:
         raise ValueError(f'{key} {reason}')
@@ -323,6 +323,8 @@ def _sources(cfg):
         from extras.schemas import from_hub
         return from_hub('stanfordnlp/SHP' if cfg.source == 'hub' else cfg.source.removeprefix('hf:'), cfg.columns)
     files = {'train': _paths(cfg.source)}
+    if absent := [path for path in files['train'] if not os.path.exists(path)]:
+        raise Refusal(f"source {', '.join(absent)} does not exist; name a folder or files of JSON lines")
     if os.path.isdir(files['train'][0]):
         found = sorted(str(path) for pattern in ('*.json', '*.jsonl', '*/*.json', '*/*.jsonl')
                        for path in Path(files['train'][0]).glob(pattern))
@@ -337,21 +339,17 @@ def _sources(cfg):
 
 
 def _lines(path):
-    try:
-        with open(path, 'rb') as file:
-            yield file.readline().removeprefix(b'\xef\xbb\xbf')
-            yield from file
-    except OSError as error:
-        raise Refusal(f'source {path} cannot be read ({error.strerror}); name a folder or files of JSON lines')
+    with open(path, 'rb') as file:
+        yield file.readline().removeprefix(b'\xef\xbb\xbf')
+        yield from file
 
 
 def parsed(line):
     """A line, JSON in bytes or a dict -> a dict. ValueError with the reason if it is neither."""
-    if isinstance(line, bytes):
-        try:
-            line = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
-            raise ValueError('not UTF-8' if isinstance(error, UnicodeDecodeError) else 'not JSON')
+    try:
+        line = json.loads(line.decode()) if isinstance(line, bytes) else line
+    except (ValueError, RecursionError) as error:
+        raise ValueError('not UTF-8' if isinstance(error, UnicodeDecodeError) else 'not JSON')
     if isinstance(line, list):
         raise ValueError('not a JSON object but an array; write one object a line')
     if not isinstance(line, dict):
@@ -361,7 +359,7 @@ def parsed(line):
 
 def _read_file(cfg, name, short, lines):
     """-> (records, Counter of what became of the rows, Counter of why answers were dropped)."""
-    records, count, bad, dropped, example = [], Counter(), Counter(), Counter(), ()
+    records, count, bad, dropped, example, names = [], Counter(), Counter(), Counter(), '', ''
     columns = dict(pair.split(':', 1) for pair in cfg.columns if pair.partition(':')[0] not in SPLITS.values())
     for number, line in enumerate(lines, 1):
         if isinstance(line, bytes) and not line.strip():
@@ -373,7 +371,8 @@ def _read_file(cfg, name, short, lines):
             record, reasons = read(row, f'{short}:{number}', columns)
         except ValueError as error:
             bad[str(error)] += 1
-            example = example or (f'line {number}: {error}', f"columns of that line: {', '.join(map(repr, row))[:300]}")
+            example = example or f'line {number}: {error}'
+            names = names or ', '.join(map(repr, row))[:300]
             continue
         best, worst = record.scores[0], record.scores[-1]
         if cfg.domains and record.domain not in cfg.domains:
@@ -387,7 +386,8 @@ def _read_file(cfg, name, short, lines):
             dropped.update(reasons)
     if sum(bad.values()) > cfg.max_bad_fraction * count['read']:
         raise Refusal(f'{name}: {sum(bad.values())} of {count["read"]} rows are unusable, more than '
-                      f'max_bad_fraction={cfg.max_bad_fraction} allows; {example[0]}; in all: {counted(bad)}; {example[1]}')
+                      f'max_bad_fraction={cfg.max_bad_fraction} allows; {example}; in all: {counted(bad)}; its '
+                      f'columns: {names}')
     count['kept'] = len(records)
     return records, count + bad, dropped
 
@@ -472,22 +472,20 @@ def prepare(cfg):
 
 def temporary_folder(final):
     """Where this process may make the folder `final`, to rename it when it is whole; removes what dead ones left."""
+    own = final.with_name(f'.{final.name}.tmp-{os.getpid()}')
     for leftover in final.parent.glob(f'.{final.name}.tmp-*'):
-        if _dead(leftover.name.rpartition('-')[2]):
+        try:
+            os.kill(int(leftover.name.rpartition('-')[2]), 0)
+            dead = leftover == own  # it is older than we are
+        except (ValueError, OSError) as error:
+            dead = isinstance(error, ProcessLookupError)
+        if dead:
             shutil.rmtree(leftover, ignore_errors=True)
-    return final.with_name(f'.{final.name}.tmp-{os.getpid()}')
-
-
-def _dead(pid):
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, OSError) as error:
-        return isinstance(error, ProcessLookupError)
-    return int(pid) == os.getpid()  # a folder of our own number is older than we are
+    return own
 
 
 def _write_split(folder, split, records, cfg, enc, seen):
-    """One split's four files -> its statistics. `seen`: digests of train's documents; train comes first and adds them."""
+    """One split's four files -> its statistics. `seen`: digests of train's documents; train adds them."""
     prompts, answers, documents = {}, {}, {}  # distinct text -> its place among the tokenised
 
     def place(prompt, answer):
@@ -626,28 +624,26 @@ def open_dataset(cfg):
                 raise
     try:
         meta = json.loads((folder / 'meta.json').read_bytes())
-        made = meta['options'] | dict(version=meta['version'], source=meta['source'], columns=meta['columns'])
+        made = meta['options'] | {name: meta[name] for name in ('version', 'source', 'columns')}
         wanted = made | _options(cfg) | dict(version=VERSION)
-        if cfg.source != 'hub' and _paths(cfg.source) != _paths(made['source']):  # hub: a run need not name its source
+        if cfg.source != 'hub' and _paths(cfg.source) != _paths(made['source']):
             wanted['source'] = cfg.source
         if cfg.columns:
             wanted['columns'] = list(cfg.columns)
         if not cfg.encoding and cfg.source != 'toy':
-            wanted['encoding'] = made['encoding']
+            wanted['encoding'] = made['encoding']  # as source and columns, a run need not name it
         differ = [f'{name}={made[name]} (asked for: {value})' for name, value in wanted.items() if made[name] != value]
-        if differ:
-            raise Refusal(f"{folder} was made with {', '.join(differ)}; ask for the same, choose another "
-                          f'--dataset=NAME, or make it anew: {again} --overwrite=True')
-        if meta['encoding'] != made['encoding'] or meta['vocab_size'] != VOCABULARIES[made['encoding']]:
+        if (meta['encoding'], meta['vocab_size']) != (made['encoding'], VOCABULARIES[made['encoding']]):
             raise ValueError('the encoding of meta.json is not that of its options')
-        for split in SPLITS:
-            for name in [split + suffix for suffix in DOCUMENT_FILES] + [f'{split}_groups.npz']:
-                if _sha256(folder / name) != meta['sha256'][name]:
-                    raise ValueError(f'{name} has not the sha256 of meta.json')
-        digest = hashlib.sha256(json.dumps(meta['sha256'], sort_keys=True).encode()).hexdigest()
-        return Dataset(folder, meta, digest)
+        damaged = [name for name, digest in meta['sha256'].items() if _sha256(folder / name) != digest]
+        if damaged or len(meta['sha256']) != len(SPLITS) * (len(DOCUMENT_FILES) + 1):
+            raise ValueError(f"{', '.join(damaged)} differ from the sha256 in meta.json")
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise Refusal(f'{folder} is damaged: {error}; make it anew: {again} --overwrite=True')
+    if differ:
+        raise Refusal(f"{folder} was made with {', '.join(differ)}; ask for the same, choose another --dataset=NAME, "
+                      f'or make it anew: {again} --overwrite=True')
+    return Dataset(folder, meta, hashlib.sha256(json.dumps(meta['sha256'], sort_keys=True).encode()).hexdigest())
 
 
 def _command(cfg):
@@ -663,15 +659,14 @@ def _command(cfg):
 # Batches -------------------------------------------------------------------------------------------------------------
 
 
-def lm_batch(documents, cut, block_size, seed, step, batch_size, rows=None):
+def lm_batch(documents, cut, block_size, seed, step, batch_size, rows=slice(None)):
     """-> (idx, targets), (B, T) int64 with T = block_size: targets[t] answers idx[t], -1 = ignored.
 
-    The batch of a step is a pure function of (seed, step), whoever asks; `rows` (slice, range or array of numbers below
-    batch_size) picks a rank's or a micro-batch's part of it. Raises Refusal where the split is too short.
-    cut 'stream': random windows of the packed documents. cut 'examples': each document from its start, in an endless
-    sequence of epochs of one pass over all documents each; padded with idx 0, targets -1.
+    A pure function of (seed, step); `rows` (slice, range or array) picks a rank's or micro-batch's part of the batch.
+    cut 'stream': random windows of the packed documents; Refusal where there is none. cut 'examples': each document
+    from its start, in epochs of one pass over all documents each; padded with idx 0, targets -1.
     """
-    rows = _select(batch_size, rows)
+    rows = np.arange(batch_size)[rows]
     if cut == 'examples':
         count = eval_length(documents, cut, block_size)
         return _examples(documents, _in_epochs(seed, step * batch_size + rows, count), block_size)
@@ -690,7 +685,7 @@ def eval_batch(documents, cut, block_size, rows):
     cut 'stream': consecutive windows, so that every token but the very first is a target once. cut 'examples': every
     document from its start. `leaked`: the target belongs to a document that train has as well.
     """
-    rows = _select(eval_length(documents, cut, block_size), rows)
+    rows = np.arange(eval_length(documents, cut, block_size))[rows]
     if cut == 'examples':
         idx, targets = _examples(documents, rows, block_size)
         return idx, targets, torch.from_numpy(documents.leaked[rows])[:, None] & (targets >= 0)
@@ -735,11 +730,6 @@ def pick_groups(groups, seed, step, count, max_answers=0):
     return picked
 
 
-def _select(count, rows):
-    rows = slice(None) if rows is None else rows
-    return np.arange(count)[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)]
-
-
 @lru_cache(maxsize=8)
 def _permutation(seed, epoch, count):
     return np.random.default_rng((2, seed, epoch)).permutation(count)
@@ -766,14 +756,12 @@ def _padded(tokens, places, end):
 
 
 def main(cfg):
-    """Prepare, and print what came of it."""
-    meta, enc = prepare(cfg), encoding(_options(cfg)['encoding'])
-    data = open_dataset(replace(cfg, overwrite=False))
-    print(f"{_folder(cfg)}: {meta['source']}; {meta['encoding']}, {meta['vocab_size']} tokens; split: {meta['rule']}")
+    """Prepare, and print what came of it: counts, a document and a ranking."""
+    meta = prepare(cfg)
+    data, enc = open_dataset(cfg), encoding(meta['encoding'])
+    print(f"{data.folder}: {meta['source']}; {meta['encoding']}, {meta['vocab_size']} tokens; split: {meta['rule']}")
     for split, count in meta['rows'].items():
-        print(f"{split} rows: {counted(count)}")
-        if meta['dropped_answers'][split]:
-            print(f"  answers dropped: {counted(meta['dropped_answers'][split])}")
+        print(f"{split} rows: {counted(count)}; answers dropped: {counted(meta['dropped_answers'][split])}")
     for split, count in meta['splits'].items():
         print(f"{split}: {count['posts']} posts, {count['documents']} documents, {count['tokens']} tokens, "
               f"{count['leaked']} documents also in train; {count['groups']} rankings, {counted(count['k'], 'K=')}, "
@@ -783,11 +771,11 @@ def main(cfg):
         text = visible(enc.decode(list(ids)))
         return text if len(text) < 600 else f'{text[:400]} ... {text[-100:]}'
 
-    documents = data.documents('train')
-    print(f"\nA document of train, as a model reads it:\n{shown(documents.tokens[:documents.offsets[1]])}")
-    if len(data.groups('train').prompts):
-        group = pick_groups(data.groups('train'), 0, 0, 1)[0]
-        print(f'\nA ranking, best first:\n{shown(group.prompt)}', end='')
+    documents, groups = data.documents('train'), data.groups('train')
+    print(f'\nA document, as a model reads it:\n{shown(documents.tokens[:documents.offsets[1]])}')
+    if len(groups.ids):
+        (group,) = pick_groups(groups, 0, 0, 1)
+        print(f'\nA ranking, best first:\n{shown(group.prompt).rstrip()}')
         for answer in group.answers:
             print(f'> {shown(answer)}')
 
