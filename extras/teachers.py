@@ -47,7 +47,7 @@ import prepare_shp
 from answers import gather_answers, leave_together, make_gpt, sample, text_of
 from configurator import Refusal, progress, run
 from prepare_shp import SEPARATOR, render
-from sources import checked_text, is_talk, parsed, said
+from extras.schemas import as_text, checked_text, is_conversation, parsed
 from runs import first_line, is_hugging_face, load_run, write_whole
 
 IDS = 'custom_id', 'prompt_id', 'post_id', 'id'  # the columns of a line of completions
@@ -181,7 +181,7 @@ def key_of(row, of_id):
     found = {of_id[id] for id in ids if id in of_id}
     if len(found) > 1:
         raise ValueError('its ids are of two prompts of train')
-    whole, text = next(iter(found), None), said(row.get('prompt'))
+    whole, text = next(iter(found), None), as_text(row.get('prompt'))
     if text is None and ids:
         return whole or ids[0]
     prompt = render(checked_text('prompt', text).removesuffix(SEPARATOR), '')[0]
@@ -192,7 +192,7 @@ def key_of(row, of_id):
 
 def completion_of(row, prompt):
     """A line of completions -> its text without the prompt, and whether it ended. ValueError: why there is none."""
-    prompts = [text for text in (prompt, said(row.get('prompt'))) if isinstance(text, str) and text]
+    prompts = [text for text in (prompt, as_text(row.get('prompt'))) if isinstance(text, str) and text]
     if not isinstance(row.get('response'), str | None) or row.get('error') is not None:  # of a batch of requests
         try:
             (row,) = row['response']['body']['choices']
@@ -203,7 +203,7 @@ def completion_of(row, prompt):
     if len(found) > 1:
         raise ValueError(f"it has {' and '.join(found)}; keep the one that is the answer")
     text = row[found[0]] if found else None
-    if is_talk(text):  # the pipeline's conversation, the answer last
+    if is_conversation(text):  # the pipeline's conversation, the answer last
         if text[-1]['role'] != 'assistant':
             raise ValueError('its conversation does not end with the assistant')
         text = text[-1]['content']

@@ -23,8 +23,7 @@ import plot
 import prepare_shp
 import preference
 import sample
-import sources
-from extras import teachers
+from extras import schemas, teachers
 import test_preference
 import runs
 import train
@@ -77,7 +76,7 @@ TALK = st.lists(st.one_of(JSON, st.fixed_dictionaries(dict(
 SCORED = st.one_of(JSON, st.lists(st.one_of(JSON, st.fixed_dictionaries({}, optional={
     'answer': st.one_of(TEXT, TALK), 'response': TEXT, 'rank': NUMBER, 'overall_score': st.one_of(NUMBER, JSON),
     'fine-grained_score': NUMBER}), st.fixed_dictionaries(dict(answer=TEXT, rank=st.integers(1, 3)))), max_size=5))
-COLUMNS = st.dictionaries(st.sampled_from(sources.COLUMNS), st.one_of(TEXT, st.sampled_from(
+COLUMNS = st.dictionaries(st.sampled_from(schemas.COLUMNS), st.one_of(TEXT, st.sampled_from(
     ['prompt', 'instruction', 'answers', 'completions', 'chosen', 'rank', 'response'])), max_size=3)
 SHP_ROW = st.fixed_dictionaries({}, optional={
     **{key: st.one_of(TEXT, JSON) for key in ('post_id', 'domain', 'history', 'c_root_id_A', 'c_root_id_B',
@@ -102,17 +101,16 @@ LINES = st.one_of(ROWS.map(lambda row: json.dumps(row).encode()), st.binary(max_
 
 
 @given(LINES, COLUMNS)
-def test_a_line_becomes_rows_or_a_reason(line, columns):
+def test_a_line_becomes_a_ranking_or_a_reason(line, columns):
     try:
-        rows = sources.shp_rows(sources.parsed(line), 'file:1', columns)
+        record, dropped = prepare_shp.read(prepare_shp.parsed(line), 'file:1', columns)
     except ValueError as error:
         assert type(error) is ValueError and str(error) and len(str(error)) < 400
         return
-    for row in rows:
-        winner, loser = sources.pair_of(row)
-        assert winner.beats(loser)
-        for text in (winner.text, loser.text, row['history']):
-            assert text.strip() and '\0' not in text and text.encode()
+    assert len(record.answers) == len(record.scores) > 1 and all(map(str, dropped))
+    assert all(a >= b for a, b in zip(record.scores, record.scores[1:]))
+    for text in (record.prompt, *record.answers):
+        assert text.strip() and '\0' not in text and text.encode()
 
 
 @FEWER
@@ -130,10 +128,9 @@ def test_a_dataset_says_what_its_rows_say_and_nothing_else(lines, rng):
     allowed = set()
     for number, line in enumerate(mixed, 1):
         try:
-            for row in sources.shp_rows(sources.parsed(
-                    line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line), 'f:1'):
-                for x in 'AB':
-                    allowed.add(''.join(render(row['history'], row[f'human_ref_{x}'])))
+            row = prepare_shp.parsed(line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line)
+            record, _ = prepare_shp.read(row, 'f:1')
+            allowed |= {''.join(render(record.prompt, answer)) for answer in record.answers}
         except ValueError:
             pass
     count = meta['rows']['train']
@@ -170,29 +167,6 @@ def test_a_changed_meta_json_is_refused_or_changes_nothing(rng, junk):
         assert 'data/small' in str(refusal)
     finally:
         path.write_bytes(whole)
-
-
-@given(st.binary(max_size=200), MUTATIONS)
-def test_damaged_groups_are_refused(junk, rng):
-    """Even with the right sha256 in meta.json; nothing is unpickled."""
-    cfg = Config(dataset='small', source='rows', encoding='bytes')
-    arrays, meta = Path('data/small/val_groups.npz'), Path('data/small/meta.json')
-    whole, described = arrays.read_bytes(), meta.read_bytes()
-    place = rng.randrange(len(whole))
-    damaged = junk if rng.random() < 0.2 else whole[:place] + junk + whole[place + rng.randrange(len(junk) + 1):]
-    try:
-        arrays.write_bytes(damaged)
-        changed = json.loads(described)
-        changed['sha256']['val_groups.npz'] = hashlib.sha256(damaged).hexdigest()
-        meta.write_text(json.dumps(changed))
-        groups = open_dataset(cfg).groups('val')
-        for p in (*groups.prompts, *groups.answers):
-            assert 0 < len(groups.piece(p)) and groups.piece(p).max() < ENCODING.n_vocab
-    except Refusal as refusal:
-        assert 'is damaged' in str(refusal)
-    finally:
-        arrays.write_bytes(whole)
-        meta.write_bytes(described)
 
 
 # Teachers, metrics, options -----------------------------------------------------------------------------------------

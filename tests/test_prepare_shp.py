@@ -1,9 +1,8 @@
 """SHP rows to token arrays and back: rankings by brute force, splits, filters, bad input, damage, and pure batches."""
-import hashlib
 import json
 import os
 import random
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +16,9 @@ import pytest
 import torch
 
 import prepare_shp
-import sources
-from answers import group_batch, pack
 from configurator import Refusal
 from prepare_shp import (SEPARATOR, Config, Documents, Groups, encoding, eval_batch, eval_length, lm_batch,
-                         main, open_dataset, pick_groups, prepare, rankings, render)
+                         main, open_dataset, pick_groups, prepare, rankings, read_shp, render)
 from toy_shp import toy_rows
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +106,7 @@ def random_post(rng):
 @pytest.mark.parametrize('seed', range(150))
 def test_rankings_by_brute_force(seed):
     comments, rows = random_post(random.Random(seed))
-    found = rankings(rows)
+    found = rankings([read_shp(r) for r in rows])
     seen = {x for r in rows for x in (r['human_ref_A'], r['human_ref_B'])}
     longest = max((len(some) for k in range(2, len(seen) + 1) for some in combinations(seen, k)
                    if all(beats(comments[a], comments[b]) or beats(comments[b], comments[a])
@@ -125,13 +122,14 @@ def test_rankings_by_brute_force(seed):
 
 
 def test_rankings_of_many_posts_and_a_score_ratio():
-    chain = [row(c_root_id_A=f'{k}', c_root_id_B=f'{k - 1}', score_A=s, score_B=t, created_at_utc_A=k,
-                 created_at_utc_B=k - 1, human_ref_A=f'{s}', human_ref_B=f'{t}')
-             for k, (s, t) in enumerate([(4, 2), (6, 4), (13, 6)], 1)]
+    chain = [row(c_root_id_A=f'{k}', c_root_id_B=f'{j}', score_A=s, score_B=t, created_at_utc_A=k,
+                 created_at_utc_B=j, human_ref_A=f'{s}', human_ref_B=f'{t}')
+             for k, s, j, t in ((1, 4, 0, 2), (2, 6, 1, 4), (3, 13, 2, 6))]
+    chain = [read_shp(r) for r in chain]
     assert [r.answers for r in rankings(chain)] == [('13', '6', '4', '2')]
     # 6 is less than twice 4, so they may share no ranking
-    assert [r.answers for r in rankings(chain, 2.0)] == [('13', '4', '2'), ('13', '6')]
-    assert [r.post_id for r in rankings(chain + [row(post_id='q')])] == ['p', 'q']
+    assert [r.answers for r in rankings([chain[0], chain[2]], 2.0)] == [('13', '4', '2'), ('13', '6')]
+    assert [r.id for r in rankings(chain + [read_shp(row(post_id='q'))])] == ['p', 'q']
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
@@ -177,40 +175,25 @@ def test_shp_layout():
         groups = ranked_texts(data.groups(ours))
         assert Counter(str(len(answers)) for _, answers, _ in groups) == Counter(meta['splits'][ours]['k'])
         assert {(p, a, s) for p, a, s in ((p, tuple(a), tuple(s)) for p, a, s in groups)} == {
-            (render(r.history, '')[0], tuple(x.strip() for x in r.answers), r.scores) for r in rankings(rows[theirs])}
-        assert sum(meta['splits'][ours]['longest_k'].values()) == meta['splits'][ours]['posts'] == len(
+            (render(r.prompt, '')[0], tuple(x.strip() for x in r.answers), r.scores)
+            for r in rankings([read_shp(r) for r in rows[theirs]])}
+        assert meta['splits'][ours]['posts'] == len(
             {r['post_id'] for r in rows[theirs]})
 
 
-def test_files_of_a_folder_that_are_not_read_are_told(capsys):
+def test_flat_folder_equals_layout_and_is_deterministic(capsys):
     rows = shp_folder()
-    for name in ('train', 'val', 'extra'):
-        write(f'mixed/{name}.jsonl', rows['train'])
-    prepare(Config(dataset='d', source='mixed', encoding='bytes'))
-    assert 'note: not read, for only train, validation, test.json[l] are: mixed/extra.jsonl, mixed/val.jsonl\n' in (
-        capsys.readouterr().out)
-    write('mixed/train.json', rows['train'])
-    with pytest.raises(Refusal, match='mixed/train.json and mixed/train.jsonl would count twice; remove one of them'):
-        prepare(Config(dataset='e', source='mixed', encoding='bytes'))
-
-
-def test_rows_beyond_max_rows_are_not_kept():
-    meta, _ = local([row(post_id=f'{i}', history=f'{i}') for i in range(30)], max_rows=20)
-    count = meta['rows']['train']
-    assert meta['splits']['train']['rows'] == 20 and count['kept'] + count['beyond max_rows'] == count['read'] == 30
-
-
-def test_flat_folder_equals_layout_and_is_deterministic():
-    rows = shp_folder()
+    write('flat/val.jsonl', rows['train'])
     for split, some in rows.items():
         write(f'flat/{split}.jsonl', some)
     a, b = (prepare(Config(dataset=d, source=s, encoding='bytes')) for d, s in (('a', 'shp'), ('b', 'flat')))
     assert a['sha256'] == b['sha256']
+    assert re.search(r'note: only train.* are read, not \S*val.jsonl\n', capsys.readouterr().out)
     assert open_dataset(Config(dataset='a')).fingerprint == open_dataset(Config(dataset='b')).fingerprint
 
 
 def test_toy_is_made_on_the_spot(monkeypatch, capsys):
-    monkeypatch.setattr(sources, 'TOY_POSTS', {'train': 40, 'validation': 5, 'test': 5})
+    monkeypatch.setattr(prepare_shp, 'TOY_POSTS', {'train': 40, 'validation': 5, 'test': 5})
     data = open_dataset(Config(source='toy', overwrite=True))
     assert data.meta['encoding'] == 'bytes' and data.meta['splits']['train']['posts'] == 40
     before = os.stat('data/toy/train.bin').st_mtime_ns
@@ -231,16 +214,6 @@ def test_ranked_lines():
     assert 'cut from train by prompt' in meta['rule']
 
 
-def test_a_score_ratio_keeps_the_best_of_ranked_lines():
-    lines = [dict(prompt=f'q{i}', responses=['best', 'good', 'worst'], scores=[10, 9, 1]) for i in range(40)]
-    _, data = local(lines, min_score_ratio=2.0)
-    for split in ('train', 'val', 'test'):
-        for prompt, answers, scores in ranked_texts(data.groups(split)):
-            assert answers[-1] == 'worst' and scores[0] >= 2 * scores[-1]
-        assert all('best' in text or 'good' in text for text in map(str, texts(data.documents(split))))
-    assert any(answers[0] == 'best' for _, answers, _ in ranked_texts(data.groups('train')))
-
-
 def test_too_few_prompts_to_split():
     with pytest.raises(Refusal, match='rows.jsonl has 2 prompts, too few to hold some out'):
         local([dict(prompt=f'q{i}', responses=['a', 'b']) for i in range(2)])
@@ -253,15 +226,52 @@ def test_split_by_prompt_keeps_a_prompt_together():
     assert sum(map(len, prompts)) == 30 == len(set.union(*prompts)) and all(prompts)
 
 
-def test_trl_pairs():
-    asked, yes, no = ([dict(role=role, content=text)] for role, text in
-                      (('user', 'Hi?'), ('assistant', 'yes'), ('assistant', 'no')))
-    lines = [dict(prompt='Hi?', chosen='yes', rejected='no'), dict(prompt=asked, chosen=yes, rejected=no),
-             dict(chosen=asked + yes, rejected=asked + no)]
-    for line in lines:
-        _, data = local([line] + [dict(prompt=f'{i}', chosen='yes', rejected='no') for i in range(50)])
-        groups = sum((ranked_texts(data.groups(split)) for split in ('train', 'val', 'test')), [])
-        assert (render('Hi?', '')[0], ['yes', 'no'], [0, -1]) in groups and len(groups) == 51
+def test_one_bad_answer_is_dropped_and_counted():
+    bad = [None, ' ', 7, 'x' * 2 ** 18 + 'x', '\0']
+    lines = [dict(prompt=f'q{i}', responses=['best', bad[i % 5], 'good', 'worst'], scores=[9, 8, 7, 6])
+             for i in range(50)]
+    lines += [dict(prompt=f'r{i}', responses=['best', 'lost', 'worst'], scores=[9, None, 6]) for i in range(10)]
+    meta, data = local(lines, max_bad_fraction=0.0)
+    assert meta['rows']['train'] == {'read': 60, 'kept': 60} and meta['dropped_answers']['train'] == {
+        'an answer is missing or null': 10, 'an answer is empty': 10, 'an answer is not text': 10, 'an answer holds a '
+        'NUL or half a surrogate pair': 10, 'an answer is longer than 262144 characters': 10,
+        'a score is not a finite number': 10}
+    for prompt, answers, scores in sum((ranked_texts(data.groups(x)) for x in ('train', 'val', 'test')), []):
+        assert (answers, scores) == ((['best', 'good', 'worst'], [9, 7, 6]) if prompt[0] == 'q' else
+                                     (['best', 'worst'], [9, 6]))
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_ties_are_no_preference(seed):
+    """Every strict preference once, none between equals; the chain has the first answer of each tie."""
+    rng = random.Random(seed)
+    scores = sorted((rng.randrange(4) for _ in range(rng.randrange(2, 9))), reverse=True)
+    lines = dict(prompt='q', responses=[f'{k}' for k in range(len(scores))], scores=scores)
+    ratio = rng.choice([0, 2])
+    ranking, _ = prepare_shp.read(lines, 'f:1')
+    found = rankings([ranking], ratio) if scores[0] > scores[-1] else []
+    pairs = [pair for r in found for pair in combinations(map(int, r.answers), 2)]
+    assert sorted(pairs) == [(i, j) for i, j in combinations(range(len(scores)), 2)
+                             if scores[i] > scores[j] and (scores[j] == 0 or scores[i] >= ratio * scores[j])]
+    assert ratio or not found or found[0].scores == tuple(sorted(set(scores), reverse=True))
+
+
+def test_a_reader_of_ones_own(monkeypatch):
+    def mine(r):
+        return prepare_shp.Ranking(r['uid'], r['question'], r['replies'], r['votes'])
+
+    monkeypatch.setattr(prepare_shp, 'READERS', [(('question', 'replies'), mine), *prepare_shp.READERS])
+    _, data = local([dict(uid=f'u{i}', question=f'q{i}', replies=['bad', 'good'], votes=[1, 2]) for i in range(40)])
+    groups = data.groups('train')
+    assert ranked_texts(groups)[0] == (render('q' + groups.ids[0][1:], '')[0], ['good', 'bad'], [2, 1])
+
+
+def test_home_folder_of_a_source(work, monkeypatch):
+    monkeypatch.setenv('HOME', str(work))
+    write('home/rows.jsonl', [row(post_id=f'{i}', history=f'{i}') for i in range(30)])
+    cfg = Config(dataset='d', source='~/home/rows.jsonl', encoding='bytes')
+    prepare(cfg)
+    assert open_dataset(cfg).fingerprint == open_dataset(Config(dataset='d', source='home/rows.jsonl')).fingerprint
 
 
 def test_several_files():
@@ -284,9 +294,6 @@ def test_row_split_against_brute_force():
     assert Counter(train + val) == Counter(winners) and train + val != winners  # those rows, in a random order
     assert data.documents('val').leaked.tolist() == [text in train for text in val]
     assert 0 < data.documents('val').leaked.sum() < 20 and not data.documents('train').leaked.any()
-    answers = {text.partition(SEPARATOR)[2] for text in train}
-    assert meta['splits']['val']['known_answers'] == sum(text not in train and text.partition(SEPARATOR)[2] in answers
-                                                         for text in val) > 0
     assert meta['rows']['train']['beyond max_rows'] == len(rows['train']) - 101
     prepare(Config(dataset='e', source='shp', encoding='bytes'))  # test is by post whatever the split
     assert meta['sha256']['test_groups.npz'] == open_dataset(Config(dataset='e')).meta['sha256']['test_groups.npz']
@@ -345,17 +352,20 @@ def test_exit_codes():
 
 
 def test_report(capsys):
-    shp_folder()
-    main(Config(dataset='d', source='shp', encoding='bytes'))
+    lines = [dict(prompt=f'q{i} \x1b[2J', responses=['yes', 'y' * 900, 'no']) for i in range(40)]
+    write('rows.jsonl', lines + [dict(prompt='q', responses=['a', None, 'b'])])
+    main(Config(dataset='d', source='rows.jsonl', encoding='bytes'))
     out = capsys.readouterr().out
-    assert all(word in out for word in ('read', 'kept', 'posts', 'K=2', 'tokens', 'documents', 'train.bin'))
+    assert all(word in out for word in ('41 read', '41 kept', '1 an answer is missing or null', 'posts', 'K=3'))
+    assert '\x1b' not in out and '\\x1b[2J\nA:\nyes<|endoftext|>\n' in out  # a document
+    assert '\n> yes<|endoftext|>\n> yyy' in out and 'y' * 900 not in out and '\n> no<|endoftext|>\n' in out
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 BAD = {
     'history is missing or null': row(history=None),
-    'human_ref_A is missing or null': {k: v for k, v in row().items() if k != 'human_ref_A'},
+    'human_ref_B is missing or null': {k: v for k, v in row().items() if k != 'human_ref_B'},
     'human_ref_B is not text': row(human_ref_B=3),
     'human_ref_B is empty': row(human_ref_B=' \n\t'),
     'history is empty': row(history=''),
@@ -368,9 +378,11 @@ BAD = {
     'history holds a NUL or half a surrogate pair': row(history='a\0b'),
     'human_ref_A holds a NUL or half a surrogate pair': row(human_ref_A='\ud800'),
     'human_ref_A is longer than 262144 characters': row(human_ref_A='x' * 30_000_000),
-    'responses is not a list of two or more': dict(prompt='q', responses=['a']),
+    'it has fewer than two answers': dict(prompt='q', responses=['a']),
+    'its answers are not a list': dict(prompt='q', responses='ab'),
+    'an answer is empty': dict(prompt='q', responses=['a', ' ']),
     'scores rise from one response to the next': dict(prompt='q', responses=['a', 'b'], scores=[1, 2]),
-    'scores is not a list as long as responses': dict(prompt='q', responses=['a', 'b'], scores=[2]),
+    'scores is not a list as long as the answers': dict(prompt='q', responses=['a', 'b'], scores=[2]),
     'prompt is missing or null': dict(chosen='a', rejected='b'),
     'not a JSON object but an array; write one object a line': [1, 2],
 }
@@ -386,13 +398,6 @@ def test_bad_rows_are_counted_by_reason():
                                      **dict.fromkeys(BAD, 1)}
 
 
-def test_contradictions_of_time_and_score():
-    for bad in (row(created_at_utc_A=0), row(score_A=3), row(score_A=-5)):
-        with pytest.raises(Refusal, match='line 2: label contradicts'):
-            local([row(), bad])
-    local([row(post_id=f'{i}', history=f'{i}', created_at_utc_A=1) for i in range(3)])  # as old is not earlier
-
-
 def test_too_many_bad_rows_stop_everything():
     rows = [row(post_id=f'{i}', history=f'{i}') for i in range(30)]
     with pytest.raises(Refusal, match=r'4 of 34 rows.*line 31: labels is neither 0 nor 1; in all: 4 labels'):
@@ -402,7 +407,7 @@ def test_too_many_bad_rows_stop_everything():
 
 
 @pytest.mark.parametrize('content, words', [
-    (b'\x1f\x8b\x08\x00\xff\xfe\x00\n\x9c', 'not UTF-8'), ('{"a": 1}'.encode('utf-16'), 'UTF-16'), (b'', 'no usable'),
+    (b'\x1f\x8b\x08\x00\xff\xfe\x00\n\x9c', 'not UTF-8'), (b'', 'no usable'),
     (b'[{"prompt": "q"},\n{"prompt": "r"}]', 'not JSON'), ('{"history": "é"}'.encode('latin-1'), 'not UTF-8')])
 def test_bad_files(content, words):
     Path('f.jsonl').write_bytes(content)
@@ -458,89 +463,23 @@ def test_concurrent_prepares():
     assert os.listdir('data') == ['d'] and open_dataset(Config(dataset='d', encoding='bytes')).meta
 
 
-def test_loser_of_the_rename_gets_a_sentence(monkeypatch):
-    """Both have seen that there is no dataset yet; the other is faster."""
-    write('rows.jsonl', [row(post_id=f'{i}', history=f'{i}') for i in range(30)])
-    cfg = Config(dataset='d', source='rows.jsonl', encoding='bytes')
-    records = prepare_shp.records_of
-
-    def slow(cfg):
-        monkeypatch.setattr(prepare_shp, 'records_of', records)
-        prepare(cfg)
-        return records(cfg)
-
-    monkeypatch.setattr(prepare_shp, 'records_of', slow)
-    with pytest.raises(Refusal, match='made it meanwhile'):
-        prepare(cfg)
-    assert os.listdir('data') == ['d'] and open_dataset(cfg).meta
+DAMAGE = dict(flipped=lambda x: x[:len(x) // 2] + bytes([x[len(x) // 2] ^ 1]) + x[len(x) // 2 + 1:],
+              cut=lambda x: x[:-1], empty=lambda x: b'', zeros=lambda x: bytes(len(x)), gone=None)
 
 
-def damage_flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGE = {'flipped': damage_flip, 'odd length': lambda path: path.write_bytes(path.read_bytes()[:-1]),
-          'empty': lambda path: path.write_bytes(b''),
-          'zeros': lambda path: path.write_bytes(bytes(path.stat().st_size)),
-          'gone': lambda path: path.unlink(), 'folder': lambda path: (path.unlink(), path.mkdir())}
-
-
-@pytest.fixture(scope='module')
-def prepared(tmp_path_factory):
-    """A directory with data/d, made once."""
-    path, here = tmp_path_factory.mktemp('prepared'), os.getcwd()
-    os.chdir(path)
+def test_damage_is_found():
     local([row(post_id=f'{i}', history=f'question {i}') for i in range(60)])
-    os.chdir(here)
-    return path
-
-
-@pytest.mark.parametrize('damage', DAMAGE)
-def test_damage_is_found(damage, prepared, work):
-    for name in sorted(os.listdir(prepared / 'data/d')):
-        shutil.copytree(prepared / 'data', 'data')
-        assert open_dataset(Config(dataset='d')).meta
-        before = Path('data/d', name).stat().st_size
-        DAMAGE[damage](Path('data/d', name))
-        if name == 'meta.json' and damage == 'flipped' or damage == 'empty' and not before:
-            pass
-        elif name.endswith('leaked.bin') and damage == 'zeros':
-            assert open_dataset(Config(dataset='d')).meta  # they were zeros
-        else:
+    for path in sorted(Path('data/d').iterdir()):
+        whole = path.read_bytes()
+        for damage in DAMAGE.values():
+            path.write_bytes(damage(whole)) if damage else path.unlink()
+            if damage and damage(whole) == whole or path.name == 'meta.json' and damage is DAMAGE['flipped']:
+                assert path.name == 'meta.json' or open_dataset(Config(dataset='d')).meta  # leaked: they were zeros
+                continue
             with pytest.raises(Refusal, match='is damaged: .*prepare_shp.py .*--dataset=d'):
                 open_dataset(Config(dataset='d'))
-        shutil.rmtree('data')
-
-
-@pytest.mark.parametrize('name, change, words', [
-    ('val.bin', lambda a: a.view(np.uint16).astype(np.int32), 'offsets of val.bin'),
-    ('val.bin', lambda a: np.where(np.arange(len(a) // 2) == 3, 257, a.view(np.uint16)).astype(np.uint16), 'token 257'),
-    ('val_offsets.bin', lambda a: a.view(np.int64)[::-1].copy(), 'offsets of val.bin'),
-    ('val_leaked.bin', lambda a: a[:-1], 'arrays of val')])
-def test_data_that_fit_their_sha256_but_not_each_other(name, change, words, prepared, work):
-    shutil.copytree(prepared / 'data', 'data')
-    path, meta = Path('data/d', name), json.loads(Path('data/d/meta.json').read_text())
-    path.write_bytes(change(np.fromfile(path, np.uint8)).tobytes())
-    meta['sha256'][name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    Path('data/d/meta.json').write_text(json.dumps(meta))
-    with pytest.raises(Refusal, match=words):
-        open_dataset(Config(dataset='d'))
-
-
-def test_groups_that_do_not_fit(prepared, work):
-    shutil.copytree(prepared / 'data', 'data')
-    meta = json.loads(Path('data/d/meta.json').read_text())
-    with np.load('data/d/val_groups.npz') as file:
-        arrays = dict(file)
-    for name, change in dict(prompts=lambda a: a + 10 ** 6, answers=lambda a: -a - 1, first=lambda a: a // 2,
-                             scores=lambda a: a.astype(np.float32), tokens=lambda a: a + np.uint16(300)).items():
-        np.savez('data/d/val_groups.npz', **arrays | {name: change(arrays[name])})
-        meta['sha256']['val_groups.npz'] = hashlib.sha256(Path('data/d/val_groups.npz').read_bytes()).hexdigest()
-        Path('data/d/meta.json').write_text(json.dumps(meta))
-        with pytest.raises(Refusal, match='is damaged: .*val'):
-            open_dataset(Config(dataset='d'))
+        path.write_bytes(whole)
+    assert open_dataset(Config(dataset='d')).meta
 
 
 def test_other_options_and_missing_data_are_refused():
@@ -671,42 +610,6 @@ def test_groups_are_picked_in_epochs_and_subsets_keep_the_order(max_answers):
             subsets.add((g, tuple(ranks)))
     assert all(sorted(seen[i:i + 7]) == list(range(7)) for i in range(0, 84, 7))
     assert max_answers == 0 or len(subsets) > 7  # the subsets vary
-
-
-@pytest.mark.parametrize('block, limit', [(64, 0), (16, 0), (12, 5), (8, 4), (2, 0)])
-def test_group_batches_and_their_packed_rows(block, limit):
-    """Every prompt and answer is found again in the packed row, in place, seeing only what it should."""
-    picked = pick_groups(some_groups(), 1, 0, 7)
-    batch = group_batch(picked, block, limit)
-    packed = pack(batch)
-    for g, group in enumerate(picked):
-        answers = [answer[:limit or block - 1] for answer in group.answers]
-        prompt = group.prompt[-(block - max(map(len, answers))):]  # no more is cut than must be
-        P = int(batch['prompt_length'][g])
-        assert batch['prompt'][g, :P].tolist() == prompt and batch['group'][g] == group.number
-        assert batch['answer_length'][g].tolist() == [*map(len, answers)] + [0] * (7 - len(answers) - 1)
-        at = P - 1
-        assert packed.idx[g, :at].tolist() == prompt[:-1] and (packed.targets[g, :at] == -1).all()
-        assert packed.positions[g, :at].tolist() == list(range(at))
-        for k, answer in enumerate(answers):
-            A, end = len(answer), at + len(answer) + 1
-            assert batch['answer'][g, k, :A].tolist() == answer
-            assert packed.idx[g, at:end].tolist() == [prompt[-1], *answer]
-            assert packed.targets[g, at:end].tolist() == [*answer, -1]
-            assert packed.positions[g, at:end].tolist() == list(range(P - 1, P + A)) and P + A <= block
-            assert packed.place[g, k, :A].tolist() == list(range(at, end - 1)) and packed.end[g, k] == end - 1
-            assert packed.inside[g, k].sum() == A
-            for t in range(at, end):
-                sees = packed.mask[g, 0, t].nonzero()[:, 0].tolist()
-                assert sees == [*range(P - 1), *range(at, t + 1)]
-            at = end
-        assert (packed.targets[g, at:] == -1).all() and not packed.inside[g, len(answers):].any()
-        assert packed.mask[g, 0].diagonal().all()  # padding sees something, or softmax would be NaN
-    numbers = torch.arange(packed.idx.numel()).view_as(packed.idx).float()
-    assert torch.equal(packed.tokens(numbers).long()[packed.inside],
-                       (packed.place + packed.idx.shape[1] * torch.arange(7)[:, None, None])[packed.inside])
-    assert (packed.tokens(numbers.fill_(torch.nan)).isnan() == packed.inside).all()
-    assert (packed.ends(numbers).isnan() == packed.inside[..., 0]).all()
 
 
 # gpt2 ----------------------------------------------------------------------------------------------------------------

@@ -59,24 +59,6 @@ def test_posts_are_many_and_discussed(rows):
     assert len({row['history'] for row in rows['train']}) > 1200
 
 
-def longest_chain(rows):
-    """Length of the longest chain of one post's comments that grows in time and score."""
-    comments = sorted({(row[f'created_at_utc_{side}'], row[f'score_{side}']) for row in rows for side in 'AB'})
-    lengths = []
-    for i, (_, score) in enumerate(comments):
-        lengths.append(1 + max((lengths[j] for j in range(i) if comments[j][1] < score), default=0))
-    return max(lengths)
-
-
-def test_rankings_of_two_to_five_answers_abound(rows):
-    posts = {}
-    for row in rows['train']:
-        posts.setdefault(row['post_id'], []).append(row)
-    chains = np.array([longest_chain(found) for found in posts.values()])
-    assert np.mean(chains >= 4) >= 0.25
-    assert all(np.mean(chains == K) > 0.05 for K in (2, 3, 4, 5))
-
-
 def test_deterministic_in_every_process():
     program = 'from toy_shp import toy_rows; print(list(toy_rows("train", 20, 7)))'
     out = [subprocess.run([sys.executable, '-c', program], env={'PYTHONHASHSEED': seed}, capture_output=True, text=True,
