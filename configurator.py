@@ -5,7 +5,7 @@
 Arguments are config files (*.py) and --key=value flags; the later wins. A config file is Python that assigns options;
 names that start with '_' and modules stay private to it. Other arguments are added to the field `runs` of a Config
 that has one. Config is a frozen dataclass of int, float and bool, each perhaps `| None`, str, and tuple[one of these,
-...]. The comment behind a field is its line in --help. Its method `check`, if any, gives a sentence for each error.
+...]. The comment behind a field is its line in --help. Its method `check` gives a sentence for each error.
 """
 import ast
 import difflib
@@ -29,6 +29,24 @@ NOT_RESUMED = 'out_dir', 'resume', 'overwrite', 'stop_step'  # options of one st
 
 class Refusal(Exception):
     """An error that the user can mend: a sentence that says what is wrong, where, and what to do about it."""
+
+
+class Options:
+    """Base of a script's Config. A class of options may name the `lowest` value of a number, else 0, and `choices`."""
+    lowest, choices = {}, {}
+    given = frozenset()  # the options that were set; see configure
+
+    def check(self):
+        """Yields a sentence for each value that is wrong."""
+        classes = [vars(cls) for cls in reversed(type(self).__mro__)]
+        lowest, choices = ({name: x for cls in classes for name, x in cls.get(what, {}).items()}
+                           for what in ('lowest', 'choices'))
+        for name in get_type_hints(type(self)):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and value < lowest.get(name, 0):
+                yield f'{name}={value} is below {lowest.get(name, 0)}'
+            if name in choices and value not in choices[name]:
+                yield f"{name}={value!r} is not one of {', '.join(map(str, filter(None, choices[name])))}"
 
 
 def configure(Config, argv=None):
@@ -140,16 +158,6 @@ def progress(items, what, say=print):
             left = (len(items) - done) * seconds / (done - last_done)
             say(f'{what} {done / len(items):.0%}, ETA {left / 60:.1f} min')
             last_time, last_done = time.monotonic(), done
-
-
-def at_least(cfg, low, *names):
-    """Sentences for those of the named options that are below `low`; for a Config's `check`."""
-    return [f'{name}={getattr(cfg, name)} is below {low}' for name in names if not getattr(cfg, name) >= low]
-
-
-def at_most(cfg, high, *names):
-    """The same for those that are above `high`."""
-    return [f'{name}={getattr(cfg, name)} is above {high}' for name in names if not getattr(cfg, name) <= high]
 
 
 def parse(kind, text):

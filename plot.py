@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import Refusal, run
+from configurator import Options, Refusal, run
 from runs import read_events
 
 SMOOTHING = 0.99  # of the moving average, for curves of 2500 points or more
@@ -33,11 +33,12 @@ STYLE = {'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     runs: tuple[str, ...] = ()  # the runs' folders; they need no flag: python plot.py out/a out/b
     path: str = ''              # of the picture; '' = plot.png, or loss.png (preference.png) in a single run's folder
 
     def check(self):
+        yield from super().check()
         if not self.runs:
             yield 'there is nothing to plot; name the folders of some runs: python plot.py out/toy_t0 out/toy_t2'
         if self.path and not self.path.endswith('.png'):

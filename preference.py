@@ -30,7 +30,7 @@ from answers import (DATA, TEACHER, Lab, Selves, Stopped, answer_log_prob, answe
                      cut_prompts, for_all, hidden_states, log_prob_under, make_batch, make_gpt, make_scorer,
                      micro_batches, pack, post_of, rewards, sample, select, text_of, token_log_probs,
                      usable_rankings, weights_hash)
-from configurator import Refusal, at_least
+from configurator import Refusal
 from evaluate import Evaluation, report_reward_model, report_teacher, show_samples
 from losses import (gae, implicit_reward, plackett_luce_loss, ppo_policy_loss, ppo_value_loss,
                     renormalize_reward, taylor_loss)
@@ -88,20 +88,15 @@ class Config(RunConfig):
     weight_decay: float = 0.0          # of matrices; biases and LayerNorms do not decay
     compile: bool | None = False       # torch.compile the updates; rows differ in length from step to step
 
+    choices = dict(renormalize_over=('prompt', 'batch'), reward_read=('last', 'sum'), league=('tied', 'ordered'),
+                   moment_order=(2, 3))
+    lowest = dict(iterations=1, inner_epochs=1, groups_per_step=1, max_new_tokens=1, sample_batch=1, opponents=1,
+                  answers_per_prompt=2)
+
     def check(self):
         yield from super().check()
-        for name, choices in (('method', METHODS), ('renormalize_over', ('prompt', 'batch')),
-                              ('reward_read', ('last', 'sum')), ('league', ('tied', 'ordered')),
-                              ('moment_order', (2, 3))):
-            if getattr(self, name) not in choices:
-                yield f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}"
-        yield from at_least(self, 1, 'iterations', 'inner_epochs', 'groups_per_step', 'max_new_tokens', 'sample_batch',
-                            'opponents')
-        yield from at_least(self, 2, 'answers_per_prompt')
-        yield from at_least(self, 0, 'block_size', 'max_iters', 'beta', 'groups_per_iteration', 'micro_groups',
-                            'max_answers', 'rank_order', 'token_order', 'sft_weight', 'sft_order', 'margin_stop',
-                            'missing_eot_penalty', 'gamma', 'gae_lambda', 'clip_range', 'kl_stop', 'eval_groups',
-                            'eval_samples')
+        if self.method not in METHODS:
+            yield f"method='{self.method}' is not one of {', '.join(METHODS)}"
         if self.max_answers == 1:
             yield 'max_answers=1 leaves nothing to rank; use 2 or more, or 0 for all'
         if self.anchor_first and self.opponents < 2:

@@ -28,7 +28,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from configurator import Refusal, at_least, progress, run
+from configurator import Options, Refusal, progress, run
 from toy_shp import toy_rows
 
 DATA_DIR = 'data'
@@ -48,7 +48,7 @@ GROUP_ARRAYS = dict(tokens=np.uint16, offsets=np.int64, prompts=np.int64, answer
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     dataset: str = ''              # folder under data/; '' = shp for the Hub, toy for the toy
     source: str = 'hub'            # hub (SHP), hf:OWNER/NAME, toy, a folder, or JSON-lines files with commas between
     columns: tuple[str, ...] = ()  # OURS:THEIRS where names differ: prompt:question,responses:replies,train:train_prefs
@@ -62,9 +62,10 @@ class Config:
     workers: int = 0               # threads that tokenise; 0 = one per core
     overwrite: bool = False        # replace the dataset of that name
 
-    given = frozenset()            # the options that were set; see configurator.configure
+    choices = dict(encoding=('', *VOCABULARIES), split=('post', 'row'))
 
     def check(self):
+        yield from super().check()
         if self.source not in ('hub', 'toy') and not self.dataset:
             yield f"source='{self.source}' needs a name for its folder under {DATA_DIR}/: add --dataset=NAME"
         if self.dataset and not re.fullmatch(r'[A-Za-z0-9_-][A-Za-z0-9_.-]*', self.dataset):
@@ -72,11 +73,6 @@ class Config:
         if self.source.startswith('hf:') or self.columns:
             from extras.schemas import check_source
             yield from check_source(self)
-        if self.encoding not in ('', *VOCABULARIES):
-            yield f"encoding='{self.encoding}' is not one of {', '.join(VOCABULARIES)}"
-        if self.split not in ('post', 'row'):
-            yield f"split='{self.split}' is not one of post, row"
-        yield from at_least(self, 0, 'max_rows', 'min_score_ratio', 'max_answer_length', 'max_bad_fraction', 'workers')
 
 
 def _folder(cfg):

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 import prepare_shp
-from configurator import Refusal, at_least
+from configurator import Refusal
 
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 DTYPES = 'auto', 'float32', 'bfloat16', 'float16'
@@ -64,21 +64,18 @@ class RunConfig(prepare_shp.Config):
     weight_decay: float = 0.1     # of matrices; biases and LayerNorms do not decay
     grad_clip: float = 1.0        # largest norm of the gradient; 0 = no clipping
 
+    choices = dict(device=DEVICES, dtype=DTYPES, eval_split=('train', 'val', 'test'))
+    lowest = dict(eval_interval=1, log_interval=1)
+
     def check(self):
         yield from super().check()
         if not self.out_dir.strip():
             yield 'out_dir is empty; name a folder for the run'
-        for name, choices in (('device', DEVICES), ('dtype', DTYPES), ('eval_split', ('train', 'val', 'test'))):
-            if getattr(self, name) not in choices:
-                yield f"{name}='{getattr(self, name)}' is not one of {', '.join(choices)}"
         for name in ('wandb', 'tensorboard'):
             if getattr(self, name) and not find_spec(name):
                 yield f'{name}=True needs {name}, which is not installed: pip install {name}'
         if self.resume and self.overwrite:
             yield 'resume and overwrite exclude each other: one continues the earlier run, the other deletes it'
-        yield from at_least(self, 1, 'eval_interval', 'log_interval')
-        yield from at_least(self, 0, 'seed', 'stop_step', 'learning_rate', 'min_lr', 'warmup_iters', 'weight_decay',
-                            'grad_clip')
 
 
 # Ranks and devices ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import prepare_shp
-from configurator import Refusal, at_least, run
+from configurator import Options, Refusal, run
 from losses import taylor_link
 from model import GPT, GPTConfig
 from prepare_shp import visible
@@ -18,7 +18,7 @@ from runs import DEVICES, DTYPES, load_weights, setup
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     out_dir: str = 'out/toy_t2'   # the run's folder
     checkpoint: str = 'best'      # best (lowest validation cross-entropy) or last
     export_hf: str = ''           # write the model to this new folder, for transformers
@@ -33,18 +33,14 @@ class Config:
     device: str = 'auto'          # cpu, cuda or mps; auto = the best there is
     dtype: str = 'auto'           # of matrix products: float32, bfloat16 or float16; auto = the best there is
 
+    choices = dict(checkpoint=('best', 'last'), device=DEVICES, dtype=DTYPES)
+    lowest = dict(num_samples=1, max_new_tokens=1)
+
     def check(self):
-        if self.checkpoint not in ('best', 'last'):
-            yield f"checkpoint='{self.checkpoint}' is not one of best, last"
+        yield from super().check()
         if [self.prompt, self.prompt_file, self.export_hf].count('') != 2:
             yield ('give a post with --prompt="...", a file of posts with --prompt_file=FILE or a folder to write with '
                    '--export_hf=DIR, one of the three')
-        if self.device not in DEVICES:
-            yield f"device='{self.device}' is not one of {', '.join(DEVICES)}"
-        if self.dtype not in DTYPES:
-            yield f"dtype='{self.dtype}' is not one of {', '.join(DTYPES)}"
-        yield from at_least(self, 1, 'num_samples', 'max_new_tokens')
-        yield from at_least(self, 0, 'temperature', 'top_k', 'seed')
 
 
 def read_prompts(cfg):

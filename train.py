@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare_shp
-from configurator import Refusal, at_least, progress, run
+from configurator import Refusal, progress, run
 from losses import (ECE_BINS, calibration_gaps, linear_loss, link_order, loss_name, rows_with_targets, slope_of,
                     taylor_link, taylor_loss)
 from model import GPT, GPTConfig
@@ -46,12 +46,11 @@ class Config(RunConfig):
     taylor_order: int = 0         # n of the Taylor loss T_n; 0 = cross-entropy
     probe_interval: int = 0       # steps between evaluations on batch_size sequences of eval_split; 0 = none
 
+    choices = dict(cut=('stream', 'examples'))
+    lowest = dict(batch_size=1, block_size=1, max_iters=1, n_layer=1, n_head=1, n_embd=1)
+
     def check(self):
         yield from super().check()
-        if self.cut not in ('stream', 'examples'):
-            yield f"cut='{self.cut}' is not one of stream, examples"
-        yield from at_least(self, 1, 'batch_size', 'block_size', 'max_iters', 'n_layer', 'n_head', 'n_embd')
-        yield from at_least(self, 0, 'micro_batch_size', 'epochs', 'taylor_order', 'dropout', 'probe_interval')
         if self.dropout >= 1:
             yield f'dropout={self.dropout} drops everything; it is a probability below 1'
         if self.n_head >= 1 and self.n_embd % self.n_head:
