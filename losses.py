@@ -430,14 +430,15 @@ def _best_direction(phi, t, monotone):
     """
     phi_1, phi_2, phi_3 = phi[:, :, None].unbind(1)
     v = t.cos()[..., None] * phi_2 + t.sin()[..., None] * phi_3
-    end = torch.full_like(t, torch.pi)
+    end, cells = torch.full_like(t, torch.pi), 512  # many, for two roots may lie close together
     if monotone:  # the order holds while cos(a) + sin(a) slope >= 0.01, for the least slope of v over phi_1
         slope = torch.where(phi_1.diff() > 0, v.diff() / phi_1.diff(), 0.0)
         slope = F.pad(slope, (0, 1)).amin(-1)  # 0 binds nothing, at ties or for K = 1
         end = 2 * torch.atan2(torch.full_like(t, 0.99), (slope ** 2 + 1 - 0.01 ** 2).sqrt() - slope)
+        cells = 32
     m0, m1, m2, m3 = ((phi_1 ** (3 - k) * v ** k).mean(-1, keepdim=True) for k in range(4))
     lo, hi = torch.zeros_like(end)[..., None], end[..., None]
-    for cells in (32, *[8] * 11):  # each time into the first cell with a root, or the two around the least error
+    for cells in (cells, *[8] * 11):  # each time into the first cell with a root, or the two around the least error
         a = lo + (hi - lo) * torch.linspace(0, 1, cells + 1).to(phi)
         cos, sin = a.cos(), a.sin()
         error = m0 * cos ** 3 + 3 * m1 * cos ** 2 * sin + 3 * m2 * cos * sin ** 2 + m3 * sin ** 3 - 1
