@@ -4,7 +4,6 @@
 
 Those that write a dataset, draw a picture or train take a fifth of that.
 """
-import hashlib
 import json
 import os
 import shutil

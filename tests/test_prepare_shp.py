@@ -17,7 +17,7 @@ import torch
 
 import prepare_shp
 from configurator import Refusal
-from prepare_shp import (SEPARATOR, Config, Documents, Groups, encoding, eval_batch, eval_length, lm_batch,
+from prepare_shp import (Config, Documents, Groups, encoding, eval_batch, eval_length, lm_batch,
                          main, open_dataset, pick_groups, prepare, rankings, read_shp, render)
 from toy_shp import toy_rows
 
