@@ -121,7 +121,8 @@ def linear_loss(hidden, weight, targets, loss, vocab_size=None):
     gradient on the logits. So the forward pass makes both gradients, with three matrix products and nothing recomputed,
     and the backward pass scales them; none is made where none is wanted.
     log_p carries no gradient, and is 0 where the target is -1. It comes from the sum of the OTHER probabilities, so
-    that -expm1(log_p) is q = 1 - p with all its digits.
+    that -expm1(log_p) is q = 1 - p with all its digits. In float32 the gradient of a row of hidden errs by up to 1e-5 of
+    its norm at logits of scale 3, by up to 1e-4 at scale 30, from the rounding of the logits.
 
     vocab_size: ids from here on are padding and have probability 0 (default: none). Products run in the autocast dtype
     where autocast is on, else in hidden's, float16 in float32; sums are kept in float32 or better.

@@ -219,6 +219,16 @@ def test_known_tokens_keep_their_digits(n, dtype, tolerance):
         assert relative_error(torch.autograd.grad(total, hidden)[0][0], gradient) < tolerance * (n + 1)
 
 
+@pytest.mark.parametrize('scale, tolerance', [(3, 1e-5), (30, 1e-4)])
+def test_the_gradient_of_each_row_in_float32(scale, tolerance):
+    hidden, weight = torch.randn(200, 64).double(), (torch.randn(2000, 64) * scale / 8).double()
+    targets = torch.where(torch.rand(200) < 0.5, (hidden @ weight.T).argmax(1), torch.randint(2000, (200,)))
+    for loss in (LOSSES['T_0'], LOSSES['T_1']):
+        exact, ours = (torch.autograd.grad(linear_loss(h, weight.to(h.dtype), targets, loss)[0], h)[0].double()
+                       for h in (hidden.to(dtype).requires_grad_() for dtype in (torch.float64, torch.float32)))
+        assert ((ours - exact).norm(dim=1) <= tolerance * exact.norm(dim=1) + 1e-30).all()
+
+
 def test_autocast_runs_products_in_bfloat16_and_returns_float32_gradients():
     hidden, weight, targets = head_case(torch.float32)
     with torch.autocast('cpu', dtype=torch.bfloat16):
