@@ -106,7 +106,7 @@ def evaluate(model, documents, rows, cfg, machine, order, stop):
     return metrics
 
 
-def main(cfg):
+def main(cfg, loss_of=None):
     machine = setup(cfg.device, cfg.dtype, cfg.compile)
     machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where they are missing
     data = prepare_shp.open_dataset(cfg)
@@ -122,7 +122,8 @@ def main(cfg):
                           cfg.bias, cfg.tie_weights)).to(machine.device)
     if 'model' in start:
         model.load_state_dict(start.pop('model'))
-    loss_of = partial(taylor_loss, n=cfg.taylor_order)        # change the loss here: any elementwise function of log p
+    # change the loss here: any elementwise function of log p
+    loss_of = loss_of or partial(taylor_loss, n=cfg.taylor_order)
     optimizers = [torch.optim.AdamW(decay_groups([model], cfg), lr=cfg.learning_rate, fused=True)]
     updates = Updates(optimizers, [model], cfg, machine)
     forward = torch.compile(model) if machine.compile else model
