@@ -677,11 +677,16 @@ class Updates:
         return norm
 
     def state_dict(self):
-        return dict(optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+        return dict(optimizers=[dict(optimizer.state_dict(), name=type(optimizer).__name__)
+                                for optimizer in self.optimizers],
                     scaler=self.scaler.state_dict(), skipped=self.skipped, skipped_in_a_row=self.skipped_in_a_row)
 
     def load_state_dict(self, state):
-        for optimizer, saved in zip(self.optimizers, state['optimizers'], strict=True):
+        was, now = [saved['name'] for saved in state['optimizers']], [type(o).__name__ for o in self.optimizers]
+        if was != now:
+            raise Refusal(f'cannot resume: the optimizers are {", ".join(was)} in the checkpoint, {", ".join(now)} here; '
+                          'use the same, or choose another --out_dir')
+        for optimizer, saved in zip(self.optimizers, state['optimizers']):
             optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved['state']))  # the options are this run's
         if state['scaler']:  # of float16
             self.scaler.load_state_dict(state['scaler'])
