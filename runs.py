@@ -253,7 +253,8 @@ def open_run(cfg, machine):
     try:
         resumes = cfg.resume and bool(checkpoints(out))
         if cfg.resume and not resumes:
-            if any(event['step'] for _, event in read_events(out / 'metrics.jsonl')):
+            # an evaluation follows its checkpoint; lines of training alone are of a run that was killed before its first
+            if any(event['step'] and event['event'] == 'eval' for _, event in read_events(out / 'metrics.jsonl')):
                 raise Refusal(f'{out} has lost its checkpoints, and best.pt cannot be continued; choose another '
                               '--out_dir, or delete it all with --overwrite=True')
             machine.print(f'nothing to resume in {out}: starting at step 0')
