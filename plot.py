@@ -5,6 +5,7 @@
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,10 +80,15 @@ def labels(out_dirs):
         configs = [json.loads((Path(out_dir) / 'config.json').read_text()) for out_dir in out_dirs]
     except (OSError, ValueError):
         return folders
-    keys = dict.fromkeys(['taylor_order', *(key for config in configs for key in config)])
+    for config in configs:
+        order = config.pop('taylor_order', None)
+        if order is not None:  # the loss's name tells it; older runs wrote no name
+            config.setdefault('loss', f'taylor_loss(n={order})')
+    keys = dict.fromkeys(['loss', *(key for config in configs for key in config)])
     differ = [key for key in keys if key not in NAMELESS and len({repr(config.get(key)) for config in configs}) > 1]
-    names = [', '.join(f'$T_{{{config[key]}}}$' if key == 'taylor_order' else f'{key}={config[key]}'.replace('$', r'\$')
-                       for key in differ if key in config) for config in configs]
+    names = [', '.join(f'{key}={config[key]}'.replace('$', r'\$') for key in differ if key in config)
+             for config in configs]
+    names = [re.sub(r'loss=taylor_loss\(n=(\d+)\)', r'$T_{\1}$', name) for name in names]
     return names if len(set(names)) == len(names) and all(0 < len(name) <= 60 for name in names) else folders
 
 

@@ -250,7 +250,8 @@ def open_run(cfg, machine):
     try:
         resumes = cfg.resume and bool(checkpoints(out))
         if cfg.resume and not resumes:
-            if any(event['step'] for _, event in read_events(out / 'metrics.jsonl')):
+            # an evaluation follows its checkpoint; lines of training alone are of a run that was killed before its first
+            if any(event['step'] and event['event'] == 'eval' for _, event in read_events(out / 'metrics.jsonl')):
                 raise Refusal(f'{out} has lost its checkpoints, and best.pt cannot be continued; choose another '
                               '--out_dir, or delete it all with --overwrite=True')
             machine.print(f'nothing to resume in {out}: starting at step 0')
@@ -675,11 +676,16 @@ class Updates:
         return norm
 
     def state_dict(self):
-        return dict(optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+        return dict(optimizers=[dict(optimizer.state_dict(), name=type(optimizer).__name__)
+                                for optimizer in self.optimizers],
                     scaler=self.scaler.state_dict(), skipped=self.skipped, skipped_in_a_row=self.skipped_in_a_row)
 
     def load_state_dict(self, state):
-        for optimizer, saved in zip(self.optimizers, state['optimizers'], strict=True):
+        was, now = [saved['name'] for saved in state['optimizers']], [type(o).__name__ for o in self.optimizers]
+        if was != now:
+            raise Refusal(f'cannot resume: the optimizers are {", ".join(was)} in the checkpoint, {", ".join(now)} here; '
+                          'use the same, or choose another --out_dir')
+        for optimizer, saved in zip(self.optimizers, state['optimizers']):
             optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved['state']))  # the options are this run's
         if state['scaler']:  # of float16
             self.scaler.load_state_dict(state['scaler'])

@@ -57,20 +57,24 @@ def read_prompts(cfg):
 
 
 def main(cfg):
+    prompts = [] if cfg.export_hf else read_prompts(cfg)
     state = load_weights(cfg.out_dir, cfg.checkpoint)
     if cfg.export_hf:
         from extras import huggingface
         huggingface.export(state, cfg.out_dir, cfg.export_hf)
         print(f'wrote {cfg.export_hf}')
         return
-    prompts, machine = read_prompts(cfg), setup(cfg.device, cfg.dtype)
+    machine = setup(cfg.device, cfg.dtype)
     if 'model' not in state:
         raise Refusal(f'{cfg.out_dir} is a reward model: it rates answers and writes none; name another run')
     model = GPT(GPTConfig(**state['model_config'])).to(machine.device)
     model.load_state_dict(state['model'])
     order = state.get('link_order', state['config'].get('taylor_order', 0))
     if cfg.link and not order:
-        raise Refusal(f'{cfg.out_dir} was not trained with T_n, n >= 1, so there is no link_n; leave out --link')
+        raise Refusal(f'{cfg.out_dir} was not trained with T_n, n >= 1, so its probabilities have no link; leave out '
+                      '--link')
+    if cfg.link:
+        print(f'sampling from link_{order}(p)')
     encoding = prepare_shp.encoding(state['encoding'])
     transform = (lambda log_p: taylor_link(log_p, order)) if cfg.link else None
     generator = torch.Generator().manual_seed(cfg.seed)

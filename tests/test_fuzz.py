@@ -1,8 +1,8 @@
-"""Whatever is parsed may come from anywhere: the answer is a result or a sentence, and never anything else.
+"""Whatever is parsed may come from anywhere: it gives a result or a refusal, and never anything else.
 
     python -m pytest tests/test_fuzz.py --hypothesis-profile=long       # 20,000 inputs a test in place of 100
 
-Those that write a dataset, draw a picture or train take a fifth of that.
+Those that write a dataset or draw a picture take a fifth of that.
 """
 import json
 import os
@@ -16,12 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import answers
 import configurator
 import plot
 import prepare_shp
-import preference
-import sample
 from extras import schemas, teachers
 import test_preference
 import runs
@@ -202,23 +199,22 @@ def test_completions_from_anywhere(lines):
 
 
 @FEWER
-@given(st.lists(st.one_of(JSON.map(lambda x: json.dumps(x).encode()), st.binary(max_size=20), JSON.map(
-        lambda x: json.dumps(x, ensure_ascii=False).encode('utf-8', 'surrogatepass')), st.builds(
+@given(st.lists(st.one_of(st.binary(max_size=20), JSON.map(lambda x: json.dumps(x).encode()), st.builds(
     lambda event, step: json.dumps(dict(event=event, step=step)).encode(), st.sampled_from(['train', 'eval']),
     NUMBER)), max_size=6), st.integers(0, 5))
 def test_metrics_from_anywhere(lines, step):
-    """A resume keeps what it can read, up to what is damaged; the picture is drawn or refused."""
-    Path('fuzzed_run').mkdir(exist_ok=True)
-    Path('fuzzed_run/metrics.jsonl').write_bytes(b'\n'.join(lines))
+    """A resume keeps what it can read; the picture is drawn or refused."""
+    path = Path('fuzzed_run/metrics.jsonl')
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b'\n'.join(lines))
     try:
         plot.plot(['fuzzed_run'])
     except Refusal as refusal:
         assert 'fuzzed_run' in str(refusal)
     metrics = runs.Metrics(train.Config(out_dir='fuzzed_run'), runs.Machine(0, 1, None, None, False), step)
-    kept = Path('fuzzed_run/metrics.jsonl').read_text().splitlines()
-    assert all(json.loads(line)['step'] <= step for line in kept) and len(kept) <= len(lines)
     metrics.write('train', step=step)
-    assert json.loads(Path('fuzzed_run/metrics.jsonl').read_text().splitlines()[-1]) == dict(event='train', step=step)
+    *kept, last = map(json.loads, path.read_text().splitlines())
+    assert all(event['step'] <= step for event in kept) and last == dict(event='train', step=step)
 
 
 @dataclass(frozen=True)
@@ -226,16 +222,15 @@ class Options:
     whole: int = 1
     real: float = 0.5
     flag: bool = False
-    word: str = ''
     names: tuple[str, ...] = ()
-    sizes: tuple[float, ...] = ()
     maybe: bool | None = None
 
 
-VALUE = st.one_of(TEXT, NUMBER.map(str), st.sampled_from(['True', 'None', '1_0', '1e-3', 'inf', '', ',', 'a,b', '=', '٣']))
-ARGUMENT = st.one_of(TEXT, st.builds(lambda key, equals, value: f'--{key}{equals}{value}', st.one_of(
-    st.sampled_from(['whole', 'real', 'flag', 'word', 'names', 'sizes', 'maybe', 'wrod', 'help']), TEXT),
-    st.sampled_from(['=', '', ' ']), VALUE))
+ARGUMENT = st.one_of(TEXT, st.builds(
+    lambda key, equals, value: f'--{key}{equals}{value}',
+    st.one_of(st.sampled_from(['whole', 'real', 'flag', 'names', 'maybe', 'wohle', 'help']), TEXT),
+    st.sampled_from(['=', '', ' ']),
+    st.one_of(TEXT, NUMBER.map(str), st.sampled_from(['True', 'None', '1_0', '1e-3', 'inf', '', ',', 'a,b', '=', '٣']))))
 
 
 @given(st.lists(ARGUMENT, max_size=5))
@@ -247,77 +242,21 @@ def test_arguments_from_anywhere(argv):
     except SystemExit as end:
         assert end.code == (0 if '--help' in argv or '-h' in argv else 2)
         return
-    assert type(cfg.whole) is int and type(cfg.real) is float and type(cfg.flag) is bool and type(cfg.word) is str
-    assert all(type(name) is str for name in cfg.names) and all(type(size) is float for size in cfg.sizes)
-    assert cfg.real - cfg.real == 0 and cfg.maybe in (True, False, None)
-
-
-@given(st.lists(st.builds(lambda key, value: f'{key} = {value}', st.one_of(st.sampled_from(
-    ['whole', 'real', 'flag', 'word', 'names', 'sizes', 'maybe', 'import os', '_private', 'raise x']), TEXT), st.one_of(
-        JSON.map(repr), TEXT)), max_size=4))
-def test_config_files_from_anywhere(lines):
-    Path('fuzzed.py').write_bytes('\n'.join(lines).encode('utf-8', 'surrogatepass'))
-    try:
-        configurator.configure(Options, ['fuzzed.py'])
-    except SystemExit as end:
-        assert end.code == 2
-
-
-# Checkpoints --------------------------------------------------------------------------------------------------------
-
-
-THINGS = st.one_of(JSON, st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype), st.lists(
-    st.integers(0, 3), max_size=3), st.sampled_from([torch.float32, torch.int64, torch.bool, torch.bfloat16])))
-
-
-@FEWER
-@given(MUTATIONS, THINGS)
-def test_a_changed_checkpoint_is_used_or_refused(rng, junk):
-    """Sound archives with one thing changed anywhere: as a start, as a run to go on with, and as one that talks."""
-    shutil.rmtree('fuzzed_start', ignore_errors=True)
-    os.mkdir('fuzzed_start')
-    state = change(torch.load('start/ckpt_00000040.pt', weights_only=True), rng, junk)
-    torch.save(state, 'fuzzed_start/ckpt_00000040.pt')
-    cfg = test_preference.config('unused', init_from='fuzzed_start')
-    attempts = [lambda: answers.make_gpt(answers.load_pi_0(cfg, False, ENCODING)),
-                lambda: train.main(train.Config(**{**START, 'out_dir': 'fuzzed_start', 'resume': True})),
-                lambda: sample.main(sample.Config(out_dir='fuzzed_start', checkpoint='last', max_new_tokens=2,
-                                                  device='cpu', prompt='x'))]
-    try:
-        rng.choice(attempts)()
-    except Refusal as refusal:
-        assert str(refusal)
-
-
-@FEWER
-@given(MUTATIONS, THINGS)
-def test_a_changed_checkpoint_of_a_preference_run_goes_on_or_is_refused(rng, junk):
-    shutil.rmtree('fuzzed_reward', ignore_errors=True)
-    shutil.copytree('reward', 'fuzzed_reward')
-    path = Path('fuzzed_reward/ckpt_00000012.pt')
-    torch.save(change(torch.load(path, weights_only=True), rng, junk), path)
-    Path('fuzzed_reward/ckpt_00000008.pt').unlink()
-    cfg = test_preference.config('fuzzed_reward', 'reward', eval_split='test', resume=True, stop_step=13, iterations=4)
-    try:
-        preference.main(cfg)
-    except Refusal as refusal:
-        assert 'fuzzed_reward' in str(refusal) or 'cannot resume' in str(refusal)
-
-
-START = dict(dataset='small', source='rows', encoding='bytes', device='cpu', n_layer=1, n_head=2, n_embd=32,
-             block_size=80, cut='examples', batch_size=16, max_iters=41, learning_rate=1e-2, eval_interval=100,
-             dropout=0.1)
+    assert type(cfg.whole) is int and type(cfg.real) is float and cfg.real - cfg.real == 0 and type(cfg.flag) is bool
+    assert all(type(name) is str for name in cfg.names) and cfg.maybe in (True, False, None)
 
 
 @given(st.binary(max_size=100), MUTATIONS)
 def test_bytes_of_a_checkpoint_changed_anywhere(junk, rng):
+    """Flipped, cut, or with something else in their place: the weights that were saved, or a refusal."""
     whole = Path('start/ckpt_00000040.pt').read_bytes()
     place = rng.randrange(len(whole))
-    Path('fuzzed.pt').write_bytes(whole[:place] + junk + whole[place + rng.randrange(2 * len(junk) + 1):])
-    sound = torch.load('start/ckpt_00000040.pt', weights_only=True)
+    rest = rng.choice([b'', whole[place + 1:], whole[place + len(junk):], whole[place + rng.randrange(200):]])
+    Path('fuzzed.pt').write_bytes(whole[:place] + junk + rest)
     try:
         state = load_checkpoint('fuzzed.pt')
     except Refusal as refusal:
         assert 'fuzzed.pt' in str(refusal)
         return
+    sound = torch.load('start/ckpt_00000040.pt', weights_only=True)
     assert all(torch.equal(w, state['model'][name]) for name, w in sound['model'].items())
