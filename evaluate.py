@@ -28,7 +28,10 @@ class Evaluation:
     def __init__(self, lab, method, policy, start, samples_log):
         self.lab, self.method, self.policy, self.start, self.samples_log = lab, method, policy, start, samples_log
         self.toy = lab.cfg.source == 'toy'
-        groups, self.notes = usable_rankings(lab, lab.groups[lab.cfg.eval_split])
+        groups, words = usable_rankings(lab, lab.groups[lab.cfg.eval_split])
+        if words:
+            lab.machine.print(f'note: of {len(lab.groups[lab.cfg.eval_split].prompts):,} held-out rankings in a block '
+                              f'of {lab.block_size} tokens with max_new_tokens={lab.cfg.max_new_tokens}: {words}')
         count = min(lab.cfg.eval_groups or len(groups.prompts), len(groups.prompts))
         self.held = make_batch(cut_answers(lab, pick_groups(groups, EVAL_SEED, 0, count)))
         longest = {}  # of each distinct prompt, its longest ranking

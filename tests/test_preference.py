@@ -1,4 +1,5 @@
 """preference.py on small data: losses by brute force, each method's collection, exact resume, ranks, refusals."""
+import inspect
 import json
 import math
 import os
@@ -6,10 +7,10 @@ import re
 import signal
 import subprocess
 import sys
-import types
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,23 +21,25 @@ import answers
 import evaluate
 import prepare_shp
 import preference
-import sample
 import runs
+import sample
 import train
+from answers import DATA, TEACHER, cut_answers, make_batch, micro_batches, pack, select, token_rows
 from configurator import Refusal
 from conftest import succeed
-from losses import taylor_loss
+from losses import ppo_policy_loss, renormalize_reward, taylor_loss
 from model import ScalarHead
-from runs import load_checkpoint, load_run, save_checkpoint
-from answers import group_batch
-from prepare_shp import pick_groups
+from prepare_shp import Group, pick_groups
+from runs import load_checkpoint, save_checkpoint
 from toy_shp import quality, toy_rows
 
-ROOT = Path(__file__).parent.parent
-SMALL = dict(dataset='small', source='rows', encoding='bytes', init_from='start', groups_per_iteration=8,
-             groups_per_step=4, inner_epochs=2, iterations=3, max_new_tokens=20, eval_interval=4, log_interval=1,
-             eval_groups=12, eval_samples=6, warmup_iters=2, learning_rate=1e-3, device='cpu', margin_stop=0.0)
-METHODS = dict(dpo=dict(max_answers=3), spin=dict(opponents=2), distill=dict(teacher='teacher', reward_model='reward'),
+ROOT, EOT = Path(__file__).parent.parent, 256
+DATASET = dict(dataset='small', source='rows', encoding='bytes')
+SMALL = dict(DATASET, init_from='start', groups_per_iteration=8, groups_per_step=4, inner_epochs=2, iterations=3,
+             max_new_tokens=20, eval_interval=4, log_interval=1, eval_groups=12, eval_samples=6, warmup_iters=2,
+             learning_rate=1e-3, device='cpu')
+METHODS = dict(dpo=dict(max_answers=3), spin=dict(opponents=2, margin_stop=0.0),
+               distill=dict(teacher='teacher', reward_model='reward', margin_stop=0.0),
                reward=dict(reward_read='sum', sft_weight=0.3),
                ppo=dict(reward_model='reward', answers_per_prompt=4, moment_order=3))
 
@@ -51,11 +54,11 @@ def folder(tmp_path_factory):
         (path / 'rows' / f'{split}.json').write_text('\n'.join(lines) + '\n')
     here = os.getcwd()
     os.chdir(path)
-    prepare_shp.prepare(prepare_shp.Config(dataset='small', source='rows', encoding='bytes'))
+    prepare_shp.prepare(prepare_shp.Config(**DATASET))
     for name, seed in (('start', 0), ('teacher', 1)):
-        train.main(train.Config(dataset='small', source='rows', encoding='bytes', out_dir=name, seed=seed, device='cpu',
-                                n_layer=1, n_head=2, n_embd=32, block_size=80, cut='examples', batch_size=16,
-                                max_iters=40, learning_rate=1e-2, eval_interval=40, dropout=0.1))
+        train.main(train.Config(**DATASET, out_dir=name, seed=seed, device='cpu', n_layer=1, n_head=2, n_embd=32,
+                                block_size=80, cut='examples', batch_size=16, max_iters=40, learning_rate=1e-2,
+                                eval_interval=40, dropout=0.1))
     # of the test split the latest is the best, and so not the start
     preference.main(config('reward', method='reward', eval_split='test'))
     os.chdir(here)
@@ -71,34 +74,103 @@ def config(out_dir, method='dpo', **changes):
     return preference.Config(out_dir=str(out_dir), method=method, **{**SMALL, **METHODS.get(method, {}), **changes})
 
 
+def command(out_dir, method, *more, ranks=1, **changes):
+    options = {**SMALL, **METHODS[method], **changes, 'out_dir': out_dir, 'method': method}
+    launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--standalone'] if ranks > 1 else []
+    return [sys.executable, *launch, str(ROOT / 'preference.py'), *(f'--{k}={v}' for k, v in options.items()), *more]
+
+
 def metrics(out_dir, event):
     lines = [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
     timing = {'seconds', 'tokens_per_second'}
     return [{k: v for k, v in line.items() if k not in timing} for line in lines if line['event'] == event]
 
 
+def whole(method, **changes):
+    """The folder of an uninterrupted run, made once."""
+    out = Path('_'.join(['whole', method, *changes]))
+    if not out.exists():
+        preference.main(config(out, method, **changes))
+    return out
+
+
+def assert_same_run(a, b):
+    for event in ('train', 'eval'):
+        assert metrics(a, event) == metrics(b, event)
+    assert (a / 'samples.jsonl').read_bytes() == (b / 'samples.jsonl').read_bytes()
+    for path in (a / 'iterations').glob('*.jsonl'):
+        assert path.read_bytes() == (b / 'iterations' / path.name).read_bytes()
+    a, b = load_checkpoint(a), load_checkpoint(b)
+    assert a.keys() == b.keys() and a['step'] == b['step'] and a['selves'] == b['selves']
+    for part in ('model', 'critic', 'reward_model'):
+        for name, w in a.get(part, {}).items():
+            assert torch.equal(w, b[part][name]), name
+    for mine, other in zip(a['optimizers'], b['optimizers'], strict=True):
+        for x, y in zip(mine['state'].values(), other['state'].values(), strict=True):
+            assert all(torch.equal(x[k], y[k]) for k in x)
+
+
 def a_run(tmp_path, method, **changes):
-    """A Run as main makes it, at step 0, for the functions that take one."""
+    """Lab and method as main makes them, at step 0, for the functions that take one."""
     cfg = config(tmp_path / 'run', method, **changes)
     data = prepare_shp.open_dataset(cfg)
-    encoding = prepare_shp.encoding('bytes')
-    start = answers.load_pi_0(cfg, False, encoding)
-    trained, frozen = preference.METHODS[method].build(cfg, start, encoding, data.groups('train'))
-    (tmp_path / 'run' / 'selves').mkdir(parents=True)
-    save_checkpoint(tmp_path / 'run' / 'selves', dict(start, step=0), '0000.pt')
-    groups = {split: data.groups(split) for split in ('train', 'val', 'test')}
-    run = answers.Run(cfg, preference.METHODS[method], runs.setup('cpu'), groups, encoding, trained, frozen,
-                      dict(trained), runs.StopSignal(), selves={0: answers.weights_hash(start['model'])})
-    return run, start
+    lab, start, selves = preference.open_lab(cfg, runs.setup('cpu'), data)
+    lab = lab._replace(groups={split: data.groups(split) for split in ('train', 'val', 'test')} | lab.groups)
+    made = preference.METHODS[method](lab, start, selves)
+    made.wrapped = made.trained
+    selves.folder.mkdir(parents=True)
+    save_checkpoint(selves.folder, dict(start, step=0), '0000.pt')
+    return lab, made
 
 
-def whole_step_of(batch, iteration=0, update=0):
-    return dict(iteration=iteration, update=update, groups=len(batch['group']),
-                tokens=int(batch['answer_length'].sum()), best_tokens=int(batch['answer_length'][:, 0].sum()))
+def the_start():
+    return answers.make_gpt(load_checkpoint('start', 'best.pt'))
 
 
-def on_device(run, batch):
-    return preference.micro_batch(run, batch, torch.arange(len(batch['group'])))
+def an_evaluation(lab, method, policy):
+    log = SimpleNamespace(lines=[], write=lambda event, **line: log.lines.append(line))
+    return evaluate.Evaluation(lab, method, policy, the_start(), log)
+
+
+@torch.no_grad()
+def shake(*modules, scale=0.02):
+    for module in modules:
+        for p in module.parameters():
+            p += scale * torch.randn_like(p)
+
+
+def a_batch(lab, count):
+    return make_batch(cut_answers(lab, pick_groups(lab.groups['train'], 0, 0, count)))
+
+
+def counts_of(batch):
+    return dict(iteration=0, update=0, groups=len(batch['group']), tokens=int(batch['answer_length'].sum()),
+                best_tokens=int(batch['answer_length'][:, 0].sum()))
+
+
+def as_data(*rankings):
+    """(prompt, answers) of some rankings, as lists of ids -> prepare_shp.Groups."""
+    pieces = [piece for prompt, ranked in rankings for piece in (prompt, *ranked)]
+    first = np.cumsum([0, *(len(ranked) for _, ranked in rankings)])
+    prompts = first[:-1] + np.arange(len(rankings))
+    return prepare_shp.Groups(np.concatenate(pieces).astype(np.uint16), np.cumsum([0, *map(len, pieces)]), prompts,
+                              np.setdiff1d(np.arange(len(pieces)), prompts), first, np.arange(first[-1], dtype=float),
+                              np.array([f'post{g}' for g in range(len(rankings))]))
+
+
+def texts(batch):
+    """(g, k, prompt ids, answer ids) of every answer in a batch."""
+    prompts, tokens = batch['prompt'].tolist(), batch['answer'].tolist()
+    for g, (P, lengths) in enumerate(zip(batch['prompt_length'].tolist(), batch['answer_length'].tolist())):
+        prompt, prompts = prompts[:P], prompts[P:]
+        for k, A in enumerate(lengths):
+            if A:
+                yield g, k, prompt, tokens[:A]
+                tokens = tokens[A:]
+
+
+def fast_log_p(lab, model, rows):
+    return answers.token_log_probs(lab, model, answers.hidden_states(lab, model, rows), rows)
 
 
 def slow_log_p(model, prompt, answer):
@@ -113,118 +185,112 @@ def slow_reward(scorer, prompt, answer):
     return (scalar[-1] if scorer.read == 'last' else scalar[len(prompt):].sum()) + scorer.offset[0]
 
 
-def texts(batch):
-    """(g, k, prompt ids, answer ids) of every answer in a batch."""
-    for g, (prompt, P) in enumerate(zip(batch['prompt'].tolist(), batch['prompt_length'].tolist())):
-        for k, (answer, A) in enumerate(zip(batch['answer'][g].tolist(), batch['answer_length'][g].tolist())):
-            if A:
-                yield g, k, prompt[:P], answer[:A]
-
-
-# Log-probabilities and scores ---------------------------------------------------------------------------------------
+# Rows of answers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('read', ['last', 'sum'])
 def test_packed_rows_give_what_separate_texts_give(tmp_path, read):
-    """Values and gradients of token log-probabilities and of rewards, in float64, with K and all lengths ragged."""
-    run, _ = a_run(tmp_path, 'dpo')
-    model = run.trained['model'].double()
+    """Values and gradients in float64, all lengths ragged; neither padding nor the order of prompts changes them."""
+    lab, method = a_run(tmp_path, 'dpo', micro_groups=5)
+    model = method.trained['model'].double()
     scorer = ScalarHead(model, read).double()
     scorer.offset.data += 0.3
     torch.nn.init.normal_(scorer.head.weight)
-    batch = group_batch(pick_groups(run.groups['train'], 0, 0, 12), 80)
-    micro = on_device(run, batch)
-    log_p = answers.answer_token_log_prob(run, model, model, micro)
-    reward, *_ = answers.packed_rewards(run, scorer, scorer, micro)
-    upstream = torch.randn(log_p.shape, dtype=torch.float64)
-    gradients, values = [], {}
-    for fast in (True, False):
-        scorer.zero_grad()
-        total = 0.0
-        if fast:
-            total = (log_p * upstream).sum() + (reward * upstream[..., 0]).sum()
-        else:
-            for g, k, prompt, answer in texts(batch):
-                slow = slow_log_p(model, prompt, answer)
-                values[g, k] = slow.detach(), slow_reward(scorer, prompt, answer)
-                total = total + (slow * upstream[g, k, :len(answer)]).sum() + values[g, k][1] * upstream[g, k, 0]
-        total.backward()
-        gradients.append([p.grad.clone() for p in scorer.parameters()])
-    for (g, k), (slow, r) in values.items():
-        assert torch.allclose(log_p[g, k, :len(slow)], slow, rtol=1e-10) and (log_p[g, k, len(slow):] == 0).all()
-        assert torch.allclose(reward[g, k].double(), r, rtol=1e-6)
+    batch = a_batch(lab, 12)
+    rows, empty = pack(batch), batch['answer_length'] == 0
+    log_p, (reward, _) = fast_log_p(lab, model, rows), answers.answer_rewards(lab, scorer, scorer, rows)
+    slow = [slow_log_p(model, prompt, answer) for _, _, prompt, answer in texts(batch)]
+    slow_r = torch.stack([slow_reward(scorer, prompt, answer) for _, _, prompt, answer in texts(batch)])
+    assert torch.allclose(log_p, torch.cat(slow), rtol=1e-10) and torch.allclose(reward[~empty], slow_r, rtol=1e-6)
+    assert empty.any() and (reward[empty] == 0).all()
+    upstream, of_r, gradients = torch.randn_like(log_p), torch.randn_like(slow_r), []
+    for p, r in ((log_p, reward[~empty]), (torch.cat(slow), slow_r)):
+        loss = (p * upstream).sum() + (r * of_r).sum()
+        gradients.append(torch.autograd.grad(loss, list(scorer.parameters()), retain_graph=True))
     for a, b in zip(*gradients):
         assert (a - b).abs().max() <= 1e-6 * b.abs().max()
-    assert (batch['answer_length'] == 0).any() and (reward[batch['answer_length'] == 0] == 0).all()
+
+    padding = torch.arange(rows.idx.numel()).view_as(rows.idx) > rows.end.amax(1, keepdim=True)
+    junk = rows._replace(idx=torch.where(padding, 99, rows.idx))
+    assert padding.any() and torch.equal(log_p, fast_log_p(lab, model, junk))
+    parts = micro_batches(lab, batch)
+    assert [len(part) for part in parts] == [5, 5, 2] and sorted(torch.cat(parts).tolist()) == list(range(12))
+    for part in parts:
+        some = fast_log_p(lab, model, pack(select(batch, part)))
+        assert torch.allclose(some, log_p[token_rows(batch, part)], rtol=1e-10)
+    found = answers.log_prob_under(lab, model, batch)['log_p'][~empty]
+    assert torch.allclose(found, torch.stack([x.sum() for x in slow]).float(), rtol=1e-6)
 
 
-def test_padding_gets_no_gradient_and_changes_nothing(tmp_path):
-    run, _ = a_run(tmp_path, 'dpo')
-    model = run.trained['model'].double()
-    batch = group_batch(pick_groups(run.groups['train'], 0, 0, 6), 80)
-    micro = on_device(run, batch)
-    whole = answers.answer_token_log_prob(run, model, model, micro)
-    for name in ('prompt', 'answer'):  # junk behind every text
-        length = micro[f'{name}_length'][..., None]
-        micro[name] = torch.where(torch.arange(micro[name].shape[-1]) < length, micro[name], 99)
-    junk = answers.answer_token_log_prob(run, model, model, micro)
-    assert torch.equal(whole, junk)
+def test_memory_follows_tokens():
+    """40 answers, one of them long, beside rankings of two: no tensor of a batch is prompts x answers x tokens."""
+    wide = Group(0, 'a', [1] * 10, [[2] * 500, *([3, k] for k in range(39))])
+    batch = make_batch([wide, *(Group(g, 'b', [1] * 10, [[2, 3], [4]]) for g in range(1, 9))])
+    assert sum(x.numel() for x in batch.values()) == 9 * 10 + 500 + 2 * 39 + 8 * 3 + 2 * 9 + 2 * 9 * 40
+    assert select(batch, torch.tensor([3, 0]))['answer'].tolist() == [2, 3, 4, *sum(wide.answers, [])]
+
+
+def test_a_long_answer_takes_nothing_from_the_others(tmp_path, capsys):
+    """Block 80, 20 new tokens: a prompt keeps its last 60, each answer gets what is left, without its end if cut.
+
+    Of answers that this makes equal the better stays; rankings left with one are dropped; all of it is counted.
+    """
+    lab, method = a_run(tmp_path, 'dpo')
+    long, short, a, b = list(range(70)), list(range(30)), [1] * 50, [2] * 50
+    cut = cut_answers(lab, [Group(0, '', long, [[1, EOT], [2] * 100]), Group(1, '', short, [b + b, [4] * 49 + [EOT]])])
+    assert cut == [Group(0, '', long[-60:], [[1, EOT], [2] * 20]), Group(1, '', short, [b, [4] * 49 + [EOT]])]
+    data = as_data((long, [a + [5, EOT], a + [6, EOT], [3, EOT]]), (short, [a + [EOT], a + [5, EOT], b, a]),
+                   (long, [a + [5, EOT], a + [6, EOT]]), (short, [[3, EOT], [4, EOT]]))
+    usable, words = answers.usable_rankings(lab, data)
+    assert words == ('2 prompts lose their beginning, 6 answers are cut, 3 answers equal a better one then and are '
+                     'left out, 1 rankings keep one answer and are dropped')
+    assert usable.scores.tolist() == [0, 2, 3, 5, 9, 10] and usable.ids.tolist() == ['post0', 'post1', 'post3']
+    assert usable.first.tolist() == [0, 2, 4, 6] and answers.usable_rankings(lab, usable)[1].startswith('1 prompts')
+    lab.groups['val'] = data
+    held = an_evaluation(lab, method, None).held
+    assert 'note: of 4 held-out rankings' in (out := capsys.readouterr().out) and words in out
+    assert sorted(held['answer_length'].tolist()) == [[2, 2], [20, 2], [50, 50]]
+    assert sorted(held['prompt_length'].tolist()) == [30, 30, 60]
+
+
+# Losses -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('rank_order', [0, 1, 2])
 @pytest.mark.parametrize('token_order', [0, 1, 2])
 def test_ranking_loss_by_brute_force(tmp_path, rank_order, token_order):
-    """PL-DPO from its definition: sums over tokens, a fraction at each stage, T_n of it."""
-    run, start = a_run(tmp_path, 'dpo', rank_order=rank_order, token_order=token_order, max_answers=0)
-    model, reference = run.trained['model'], answers.make_gpt(start).double()
+    """From its definition: sums over tokens, a fraction at each stage, T_n of it; all stages, or the first alone."""
+    lab, method = a_run(tmp_path, 'dpo', rank_order=rank_order, token_order=token_order, max_answers=0)
+    model, reference, batch = method.trained['model'].double(), the_start().double(), a_batch(lab, 6)
+    shake(model)
+    ref, scores = torch.zeros(batch['answer_length'].shape, dtype=torch.float64), [[] for _ in range(6)]
     with torch.no_grad():
-        for p in model.parameters():
-            p += 0.02 * torch.randn_like(p)
-    model.double()
-    picked = pick_groups(run.groups['train'], 0, 0, 6)
-    batch = group_batch(picked, 80)
-    ref = torch.zeros(batch['answer_length'].shape, dtype=torch.float64)
-    losses = []
-    with torch.no_grad():
-        for g, group in enumerate(picked):
-            scores = []
-            for k, answer in enumerate(group.answers):
-                sums = []
-                for m in (model, reference):
-                    log_p = slow_log_p(m, group.prompt, answer)
-                    sums.append((-taylor_loss(log_p, token_order)).sum() if token_order else log_p.sum())
-                ref[g, k] = sums[1]
-                scores.append(run.cfg.beta * (sums[0] - sums[1]))
-            p = [torch.exp(s) / sum(torch.exp(x) for x in scores[k:]) for k, s in enumerate(scores)]
-            losses.append(sum(-torch.log(x) - sum((1 - x) ** i / i for i in range(1, rank_order + 1)) for x in p))
-    batch |= dict(ref_log_p=ref, generator=torch.full_like(batch['answer_length'], answers.DATA))
-    loss, stats = preference.ranking_loss(run, on_device(run, batch), whole_step_of(batch))
-    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-9)
-    chance = [sum(taylor_loss(torch.tensor(1 / m).log(), rank_order).item() for m in range(2, len(g.answers) + 1))
-              for g in picked]
-    assert stats['chance_loss'].item() == pytest.approx(sum(chance) / len(chance), rel=1e-5)
-    if rank_order == 0:
-        assert stats['chance_loss'].item() == pytest.approx(
-            sum(math.lgamma(len(g.answers) + 1) for g in picked) / 6, rel=1e-5)
+        for g, k, prompt, answer in texts(batch):
+            own, ref[g, k] = (-taylor_loss(slow_log_p(m, prompt, answer), token_order).sum() for m in (model, reference))
+            scores[g].append(lab.cfg.beta * (own - ref[g, k]).item())
+
+    def mean_loss(scores):
+        losses = [[math.exp(x) / sum(map(math.exp, s[k:])) for k, x in enumerate(s)][:method.top] for s in scores]
+        return sum(-math.log(p) - sum((1 - p) ** i / i for i in range(1, rank_order + 1)) for p in sum(losses, [])) / 6
+
+    for method.top in (None, 1):
+        loss, stats = method.loss(pack(dict(batch, ref_log_p=ref)), counts_of(batch))
+        assert loss.item() == pytest.approx(mean_loss(scores), rel=1e-9)
+        assert stats['chance_loss'].item() == pytest.approx(mean_loss([[0.0] * len(s) for s in scores]), rel=1e-6)
 
 
-def test_two_answers_are_dpo_and_selfplay_with_given_pairs_is_dpo(tmp_path):
-    """K = 2: -logsigmoid(beta (log-ratio - log-ratio)); a batch of SPIN's under dpo's loss is the same number."""
-    run, _ = a_run(tmp_path, 'spin')
-    batch, _ = preference.collect_self_play(run, 0)
-    with torch.no_grad():
-        for p in run.trained['model'].parameters():
-            p += 0.02 * torch.randn_like(p)
-    log_p = answers.log_prob_under(run, run.trained['model'], batch)
-    ratio = log_p - batch['ref_log_p']
-    dpo = -F.logsigmoid(run.cfg.beta * (ratio[:, 0] - ratio[:, 1])).mean()
-    loss, stats = preference.ranking_loss(run, on_device(run, batch), whole_step_of(batch))
-    assert loss.item() == pytest.approx(dpo.item(), rel=1e-5) and batch['answer'].shape[1] == 2
-    margin = run.cfg.beta * (ratio[:, 0] - ratio[:, 1])
-    assert stats['self_margin'].item() == pytest.approx(margin.mean().item(), rel=1e-4)
-    assert stats['self_square'].item() == pytest.approx(margin.square().mean().item(), rel=1e-4)
-    run.method = preference.METHODS['dpo']
-    assert preference.ranking_loss(run, on_device(run, batch), whole_step_of(batch))[0].item() == loss.item()
+def test_two_answers_are_dpo(tmp_path):
+    """K = 2: -logsigmoid(beta (log-ratio - log-ratio)), whether one stage counts or all; so are pairs of self-play."""
+    lab, method = a_run(tmp_path, 'spin')
+    batch, _ = method.collect(0, 0)
+    shake(method.trained['model'])
+    ratio = answers.log_prob_under(lab, method.trained['model'], batch)['log_p'] - batch['ref_log_p']
+    margin = lab.cfg.beta * (ratio[:, 0] - ratio[:, 1])
+    for method.top in (None, 1):
+        loss, stats = method.loss(pack(batch), counts_of(batch))
+        assert loss.item() == pytest.approx(-F.logsigmoid(margin).mean().item(), rel=1e-5)
+        assert stats['self_margin'].item() == pytest.approx(margin.mean().item(), rel=1e-4)
+        assert stats['self_square'].item() == pytest.approx(margin.square().mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize('K', [2, 3, 5])
@@ -232,128 +298,113 @@ def test_pair_statistics_by_brute_force(K):
     torch.manual_seed(K)
     scores, valid = torch.randint(-3, 4, (30, K)).float(), torch.rand(30, K).cumsum(1) < 0.3 * K
     valid[:, :2] = True
-    right, gaps, bins = [], [], {}
-    for row, there in zip(scores.tolist(), valid.tolist()):
-        for i, j in combinations(range(K), 2):
-            if there[i] and there[j]:
-                gap = row[i] - row[j]
-                right.append(0.5 if gap == 0 else float(gap > 0))
-                gaps.append(gap)
-                confidence = 1 / (1 + math.exp(-abs(gap)))
-                bins.setdefault(min(int((confidence - 0.5) * 30), 14), []).append(right[-1] - confidence)
-    expected = sum(right) / len(right), sum(gaps) / len(gaps), sum(abs(sum(b)) for b in bins.values()) / len(gaps)
-    assert evaluate.pair_statistics(scores, valid) == pytest.approx(expected, rel=1e-6)
+    gap = torch.tensor([row[i] - row[j] for row, there in zip(scores.tolist(), valid.tolist())
+                        for i, j in combinations(range(K), 2) if there[i] and there[j]])
+    right, confidence = (gap.sign() + 1) / 2, gap.abs().sigmoid()
+    bins = ((confidence - 0.5) * 30).long().clamp(max=14)
+    ece = sum((right - confidence)[bins == b].sum().abs().item() for b in range(15)) / len(gap)
+    assert evaluate.pair_statistics(scores, valid) == pytest.approx((right.mean().item(), gap.mean().item(), ece))
     scores[0, 0] = torch.nan  # in an evaluation: a number for the log, not the end of the run
     assert math.isnan(evaluate.pair_statistics(scores, valid)[1])
-
-
-def test_cheap_rankers_find_what_there_is_to_find(tmp_path):
-    """Where the better answer is always longer, or always holds a letter, they say so."""
-    run, _ = a_run(tmp_path, 'dpo', eval_groups=0)
-    rng = np.random.default_rng(0)
-
-    def groups_of(better, worse):
-        pieces = [piece for _ in range(200) for piece in (rng.integers(97, 120, 9), better(), worse())]
-        offsets = np.cumsum([0, *map(len, pieces)])
-        places = np.arange(600)
-        return prepare_shp.Groups(np.concatenate(pieces), offsets, places[::3],
-                                  places[places % 3 > 0], np.arange(0, 401, 2), None, ['id'] * 200)
-
-    def some(low, high, letters=(97, 120)):
-        return lambda: rng.integers(*letters, rng.integers(low, high))
-
-    for better, worse, expected in ((some(10, 20), some(10, 20), (0.5, 0.5)), (some(6, 9), some(10, 20), (1.0, None)),
-                                    (some(10, 20, (100, 130)), some(10, 20), (0.5, 1.0))):
-        run.groups['train'], run.groups['val'] = groups_of(better, worse), groups_of(better, worse)
-        found = evaluate.baselines(run, group_batch(evaluate.held_out(run), 80))
-        for name, accuracy in zip(('rank_accuracy_length', 'rank_accuracy_bag'), expected):
-            assert accuracy is None or found[name] == pytest.approx(accuracy, abs=0.12)
 
 
 # Collections --------------------------------------------------------------------------------------------------------
 
 
-def test_generator_reference_and_template_are_one_and_the_same(tmp_path):
-    """SPIN's samples come from pi_t, after the very prompt that render makes, and pi_t is the reference."""
-    run, _ = a_run(tmp_path, 'spin')
-    batch, _ = preference.collect_self_play(run, 0)
-    rows = {row['post_id']: row['history'] for row in toy_rows('train', 40, 0)}
-    policy, ended = run.trained['model'], 0
+@torch.no_grad()
+@pytest.mark.parametrize('token_order', [0, 2])
+def test_generator_reference_and_template_are_one_and_the_same(tmp_path, token_order):
+    """SPIN's samples come from pi_t, after the very prompt that render makes, and pi_t is the reference.
+
+    token_order changes the reference of the loss, not the log-probability that is logged.
+    """
+    lab, method = a_run(tmp_path, 'spin', token_order=token_order)
+    batch, facts = method.collect(0, 0)
+    rows, data = {row['post_id']: row['history'] for row in toy_rows('train', 40, 0)}, lab.groups['train']
+    policy, ended = method.trained['model'], 0
+    uniform = torch.from_numpy(np.random.default_rng((5, 0, 0, 0)).random((8, 20), 'float32'))
     for g, k, prompt, answer in texts(batch):
-        id = str(run.groups['train'].ids[batch['group'][g]])
-        assert prompt == run.encoding.encode_ordinary(prepare_shp.render(rows[id], '')[0])
-        assert batch['generator'][g, k] == (answers.DATA, 0)[k] and len(answer) <= 20
-        with torch.no_grad():
-            log_p = slow_log_p(policy, prompt, answer).sum().item()
-        assert batch['ref_log_p'][g, k].item() == pytest.approx(log_p, rel=1e-5)
-        ended += answer[-1] == run.encoding.eot_token
-        if k == 1:
-            assert batch['log_p'][g, 1].item() == pytest.approx(batch['ref_log_p'][g, 1].item(), rel=1e-6)
-            # the cached path of generation takes the same tokens as the plain one, from the same uniform numbers
-            uniform = torch.from_numpy(np.random.default_rng((5, 0, 0, 0)).random((8, 20), 'float32'))
-            assert policy.generate([prompt], 20, eot=256, uniform=uniform[g:g + 1]) == [answer]
-        else:
-            best = run.groups['train'].piece(run.groups['train'].answers[run.groups['train'].first[batch['group'][g]]])
-            assert answer == best.tolist()[:20]  # cut like a sample, so that length does not tell who wrote it
+        number, log_p = batch['group'][g], slow_log_p(policy, prompt, answer)
+        assert prompt == lab.encoding.encode_ordinary(prepare_shp.render(rows[str(data.ids[number])], '')[0])
+        assert batch['ref_log_p'][g, k].item() == pytest.approx(-taylor_loss(log_p, token_order).sum().item(), rel=1e-4)
+        assert batch['log_p'][g, k].item() == pytest.approx(log_p.sum().item() if k else 0.0, rel=1e-5)
+        ended += answer[-1] == EOT
+        if k == 1:  # the cached path of generation takes the tokens of the plain one, from the same uniform numbers
+            assert policy.generate([prompt], 20, eot=EOT, uniform=uniform[g:g + 1]) == [answer]
+        else:       # cut like a sample, so that length does not tell who wrote it
+            assert answer == data.piece(data.answers[data.first[number]]).tolist()[:20]
+    assert batch['generator'].tolist() == [[DATA, 0]] * 8 and facts['new_tokens'] == batch['answer_length'][:, 1].sum()
     assert 0 < ended < 16
 
 
-def test_league_ranks_past_selves_below_the_latest(tmp_path):
-    run, start = a_run(tmp_path, 'spin')
-    preference.collect_self_play(run, 0)
-    for t in (1, 2):
-        with torch.no_grad():
-            for p in run.trained['model'].parameters():
-                p += 0.05 * torch.randn_like(p)
-        batch, _ = preference.collect_self_play(run, t)
-        assert batch['generator'][0].tolist() == [answers.DATA, t, t - 1]
-    assert run.selves[0] == answers.weights_hash(start['model']) != run.selves[1] != run.selves[2]
-    past = answers.past_self(run, 1)
-    for g, k, prompt, answer in texts(batch):
-        model = {0: None, 1: run.trained['model'], 2: past}[k]
-        if model is not None:
-            with torch.no_grad():  # each answer's log-probability is under who wrote it
-                log_p = slow_log_p(model, prompt, answer).sum().item()
-            assert batch['log_p'][g, k].item() == pytest.approx(log_p, rel=1e-5)
-    run.selves[1] = '0' * 64
+@pytest.mark.parametrize('options, expected', [
+    (dict(opponents=1), [[0], [1], [2], [3]]), (dict(opponents=2), [[0], [1, 0], [2, 1], [3, 2]]),
+    (dict(opponents=2, anchor_first=True), [[0], [1, 0], [2, 0], [3, 0]]),
+    (dict(opponents=3, league='ordered'), [[0], [1, 0], [2, 1, 0], [3, 2, 1]]),
+    (dict(opponents=3, anchor_first=True), [[0], [1, 0], [2, 1, 0], [3, 2, 0]])])
+def test_who_plays_in_which_iteration(tmp_path, options, expected):
+    """Tied: the data's answer above every self. Ordered: later selves above earlier ones, too."""
+    _, method = a_run(tmp_path, 'spin', **options)
+    assert [method.opponents(t) for t in range(4)] == expected
+    assert method.top == (None if 'league' in options else 1)
+
+
+def test_each_self_writes_and_is_scored_as_itself(tmp_path):
+    _, method = a_run(tmp_path, 'spin')
+    policy = method.trained['model']
+    for t in range(3):
+        batch, _ = method.collect(t, 0)
+        if t < 2:
+            shake(policy, scale=0.05)
+    hashes, past = method.selves.hashes, method.selves.model(1, 'cpu')
+    assert hashes[0] == answers.weights_hash(the_start().state_dict()) != hashes[1] != hashes[2]
+    assert batch['generator'].tolist() == [[DATA, 2, 1]] * 8
+    with torch.no_grad():
+        for g, k, prompt, answer in texts(batch):
+            reference, own = (slow_log_p(m, prompt, answer).sum().item() for m in (policy, past if k == 2 else policy))
+            assert batch['ref_log_p'][g, k].item() == pytest.approx(reference, rel=1e-5)
+            assert k == 0 or batch['log_p'][g, k].item() == pytest.approx(own, rel=1e-5)
+    hashes[1] = '0' * 64
     with pytest.raises(Refusal, match='0001.pt is not the pi_1 of this run'):
-        answers.past_self(run, 1)
+        method.selves.model(1, 'cpu')
 
 
-def test_iterations_on_disk_tell_everything(tmp_path):
-    out = tmp_path / 'run'
-    preference.main(config(out, 'spin'))
+def test_iterations_on_disk_tell_everything():
+    out = whole('spin', micro_groups=3)
     lines = [json.loads(line) for line in (out / 'iterations' / '0002.jsonl').read_text().splitlines()]
     manifest = json.loads((out / 'iterations' / '0002.json').read_text())
     assert [line['generator'] for line in lines] == ['data', 'self-2', 'self-1'] * 8
     assert [line['rank'] for line in lines] == [0, 1, 2] * 8 and all(line['iteration'] == 2 for line in lines)
     assert all(('log_prob' in line) == (line['generator'] != 'data') for line in lines)
     assert [line['prompt_id'] for line in lines[::3]] == manifest['prompt_ids'] and manifest['seed'] == 0
-    assert manifest['generators'].keys() == {'data', 'self-1', 'self-2'}
     past = load_checkpoint(out / 'selves', '0001.pt')['model']
     assert manifest['generators']['self-1'] == answers.weights_hash(past)
     rows = {row['post_id']: row['history'] for row in toy_rows('train', 40, 0)}
     assert all(line['prompt'] == rows[line['prompt_id']] for line in lines)
+    batch = load_checkpoint(out / 'iterations', '0002.pt')['batch']
+    assert [line['completion'].encode() for line in lines] == [
+        bytes(id for id in answer if id != EOT) for *_, answer in texts(batch)]
 
 
-def test_the_method_in_the_readme(tmp_path, monkeypatch):
-    """Its code as it stands: log 2 at first, and dpo's run where no ranking has a third answer."""
-    text = (ROOT / 'README.md').read_text()
-    code = re.search(r'```python\n(def collect_extremes.*?)```', text, re.DOTALL)[1]
-    monkeypatch.setattr(preference, 'METHODS', dict(preference.METHODS))
-    exec(code, vars(preference))
-    monkeypatch.delitem(vars(preference), 'collect_extremes')
-    preference.main(config(tmp_path / 'all', 'extremes', iterations=1, sft_weight=0.0))
-    first = metrics(tmp_path / 'all', 'train')[0]
-    assert first['loss'] == pytest.approx(math.log(2), abs=1e-5) and first['chance_loss'] == pytest.approx(math.log(2))
+class Extremes(preference.DPO):
+    """A method of one's own: DPO on the best and the worst answer of each ranking."""
 
-    lines, pick = {}, prepare_shp.pick_groups
-    monkeypatch.setattr(preference, 'pick_groups', lambda *args: [
-        group._replace(answers=group.answers[:2]) for group in pick(*args)])
-    for method in ('extremes', 'dpo'):
-        preference.main(config(tmp_path / method, method, iterations=1, max_answers=0))
-        lines[method] = metrics(tmp_path / method, 'train')
-    assert lines['extremes'] == lines['dpo']
+    def collect(self, iteration, step):
+        groups = pick_groups(self.lab.groups['train'], self.lab.cfg.seed, iteration, 8)
+        batch = make_batch([group._replace(answers=[group.answers[0], group.answers[-1]])
+                            for group in cut_answers(self.lab, groups)])
+        return dict(batch, ref_log_p=answers.log_prob_under(self.lab, the_start(), batch)['ordered']), {}
+
+
+def test_a_method_of_ones_own(tmp_path, monkeypatch):
+    """One class, registered: it runs, starts at log 2, and resumes exactly."""
+    monkeypatch.setitem(preference.METHODS, 'extremes', Extremes)
+    cfg = config(tmp_path / 'stopped', 'extremes', iterations=1)
+    preference.main(replace(cfg, out_dir=str(tmp_path / 'whole')))
+    assert metrics(tmp_path / 'whole', 'train')[0]['loss'] == pytest.approx(math.log(2), abs=1e-5)
+    preference.main(replace(cfg, stop_step=3))
+    preference.main(replace(cfg, resume=True))
+    assert_same_run(tmp_path / 'whole', tmp_path / 'stopped')
 
 
 # PPO ----------------------------------------------------------------------------------------------------------------
@@ -361,93 +412,119 @@ def test_the_method_in_the_readme(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('changes', [{}, dict(moment_order=2, renormalize_over='batch')])
 def test_first_minibatch_of_ppo(tmp_path, changes):
-    """Ratio 1, KL 0, value 0, and each prompt's returns average 0, in float32, to 1e-4."""
-    run, _ = a_run(tmp_path, 'ppo', answers_per_prompt=6, **changes)
-    batch, facts = preference.collect_rollouts(run, 0)
-    loss, stats = preference.ppo_loss(run, on_device(run, batch), whole_step_of(batch))
-    micro = on_device(run, batch)
-    log_p = answers.answer_token_log_prob(run, run.trained['model'], run.trained['model'], micro)
-    assert ((log_p - micro['old_log_p']).exp() - 1).abs().max() < 1e-4
+    """Ratio 1, KL 0, value 0, and each prompt's returns average 0; raw rewards lack 1 where an answer did not end."""
+    lab, method = a_run(tmp_path, 'ppo', answers_per_prompt=6, **changes)
+    batch, facts = method.collect(0, 0)
+    _, stats = method.loss(pack(batch), counts_of(batch))
     assert stats['ratio_first'].item() == pytest.approx(1, abs=1e-5) and abs(facts['train_kl']) < 1e-4
     assert stats['clip_fraction'] == 0 and abs(stats['update_kl']) < 1e-6 and (batch['value'] == 0).all()
-    inside = torch.arange(batch['answer'].shape[2]) < batch['answer_length'][..., None]
-    whitened = batch['advantage'][inside]
-    assert whitened.mean().abs() < 1e-5 and whitened.std() == pytest.approx(1, rel=1e-2)
-    last = batch['returns'].gather(2, batch['answer_length'][..., None] - 1)[..., 0]
-    mean = last.mean(1) if run.cfg.renormalize_over == 'prompt' else last.mean()
+    assert batch['advantage'].mean().abs() < 1e-5 and batch['advantage'].std() == pytest.approx(1, rel=1e-2)
+    last = batch['returns'][batch['answer_length'].flatten().cumsum(0) - 1].view(8, 6)
+    mean = last.mean(1) if lab.cfg.renormalize_over == 'prompt' else last.mean()
     assert mean.abs().max() < 1e-4 and last.square().mean() == pytest.approx(1, abs=0.4)
-    # the raw reward: the reward model's, less the penalty where an answer did not end
-    scorer = run.frozen['reward_model']
-    for g, k, prompt, answer in texts(batch):
-        with torch.no_grad():
-            r = slow_reward(scorer, prompt, answer).item() - (answer[-1] != 256)
-        assert batch['reward'][g, k].item() == pytest.approx(r, abs=1e-5)
+    with torch.no_grad():
+        for g, k, prompt, answer in texts(batch):
+            r = slow_reward(method.scorer, prompt, answer).item() - (answer[-1] != EOT)
+            assert batch['reward'][g, k].item() == pytest.approx(r, abs=1e-5)
+
+
+def test_ppo_with_a_token_order(tmp_path):
+    """The first gradient is that of -A q^m log p, for m = 0 PPO's bit for bit; reports are of the true log p."""
+    lab, method = a_run(tmp_path, 'ppo')
+    batch, _ = method.collect(0, 0)
+    model, rows, counts = method.trained['model'], pack(batch), counts_of(batch)
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    for m in range(4):
+        method.lab = lab._replace(cfg=replace(lab.cfg, token_order=m))
+        found, log_p = gradient(method.loss(rows, counts)[1]['loss']), fast_log_p(lab, model, rows)
+        expected = gradient(-(batch['advantage'] * (-log_p.detach().expm1()) ** m * log_p).sum() / counts['tokens'])
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        if m == 0:
+            plain = ppo_policy_loss(fast_log_p(lab, model, rows), batch['old_log_p'], batch['advantage'], 0.2)
+            assert torch.equal(found, gradient(plain.sum() / counts['tokens']))
+    shake(model, scale=0.05)
+    _, stats = method.loss(rows, counts)
+    log_ratio = fast_log_p(lab, model, rows).detach() - batch['old_log_p']
+    assert stats['update_kl'].item() == pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item(), rel=1e-4)
+    clipped = ((log_ratio.exp() - 1).abs() > 0.2).float().mean().item()
+    assert stats['clip_fraction'].item() == pytest.approx(clipped) and 0 < clipped < 1
 
 
 def test_advantages_are_gae_of_the_penalised_rewards(tmp_path):
-    """By hand, with a policy that has left its start and a critic that says something."""
-    run, start = a_run(tmp_path, 'ppo', beta=0.3, gamma=0.9, gae_lambda=0.8)
-    with torch.no_grad():
-        for p in [*run.trained['model'].parameters(), *run.trained['critic'].parameters()]:
-            p += 0.05 * torch.randn_like(p)
-    batch, _ = preference.collect_rollouts(run, 1)
-    policy, critic, reference = run.trained['model'], run.trained['critic'], answers.make_gpt(start)
-    renormalized = preference.renormalize_reward(batch['reward'], 3).reward
-    returns = []
+    """By hand, with a policy that has left its start and a critic that gives other values than 0."""
+    _, method = a_run(tmp_path, 'ppo', beta=0.3, gamma=0.9, gae_lambda=0.8)
+    policy, critic, reference = method.trained['model'], method.trained['critic'], the_start()
+    shake(policy, critic, scale=0.05)
+    batch, _ = method.collect(1, 0)
+    renormalized, returns, advantages = renormalize_reward(batch['reward'], 3).reward, [], []
     with torch.no_grad():
         for g, k, prompt, answer in texts(batch):
-            ratio = slow_log_p(policy, prompt, answer) - slow_log_p(reference, prompt, answer)
             value = (critic(torch.tensor([prompt + answer]))[0][0, len(prompt) - 1:-1] + critic.offset).tolist()
-            reward = (-0.3 * ratio).tolist()
-            reward[-1] += renormalized[g, k].item()
-            after = 0.0
-            for t in reversed(range(len(answer))):
-                delta = reward[t] + 0.9 * (value[t + 1] if t + 1 < len(answer) else 0.0) - value[t]
-                after = delta + 0.9 * 0.8 * after
-                returns.append((batch['returns'][g, k, t].item(), after + value[t]))
-    got, expected = zip(*returns)
-    assert got == pytest.approx(expected, abs=1e-4)
+            reward = -0.3 * (slow_log_p(policy, prompt, answer) - slow_log_p(reference, prompt, answer))
+            reward[-1] += renormalized[g, k]
+            after, backwards = 0.0, []
+            for r, v, v_next in list(zip(reward.tolist(), value, [*value[1:], 0.0]))[::-1]:
+                after = r + 0.9 * v_next - v + 0.9 * 0.8 * after
+                backwards.append(after)
+            advantages += backwards[::-1]
+            returns += [a + v for a, v in zip(backwards[::-1], value)]
+    a = torch.tensor(advantages)
+    assert batch['returns'].tolist() == pytest.approx(returns, abs=1e-4)
+    assert torch.allclose(batch['advantage'], (a - a.mean()) / a.std(correction=0), atol=1e-3)
 
 
 def test_a_bandit_is_solved(tmp_path, monkeypatch):
     """One token, a reward for one of them, beta = 0: its probability goes above 0.95."""
-    monkeypatch.setattr(preference, 'rewards', lambda run, scorer, batch: (batch['answer'][..., 0] == ord('S')).float())
-    cfg = config(tmp_path / 'run', 'ppo', beta=0.0, max_new_tokens=1, missing_eot_penalty=0.0, iterations=25,
-                 answers_per_prompt=32, moment_order=2, learning_rate=3e-3, min_lr=3e-3, eval_interval=1000,
-                 kl_stop=0.0)
-    preference.main(cfg)
+    monkeypatch.setattr(preference, 'rewards', lambda lab, scorer, batch: (
+        batch['answer'] == ord('S')).float().view_as(batch['answer_length']))
+    preference.main(config(tmp_path / 'run', 'ppo', beta=0.0, max_new_tokens=1, missing_eot_penalty=0.0, iterations=25,
+                           answers_per_prompt=32, moment_order=2, learning_rate=3e-3, min_lr=3e-3, eval_interval=1000,
+                           kl_stop=0.0))
     ask = torch.tensor([prepare_shp.encoding('bytes').encode_ordinary(prepare_shp.render('Rusty pan, why me?', '')[0])])
-    before, after = (answers.make_gpt(load_checkpoint(where, 'best.pt')) for where in ('start', tmp_path / 'run'))
-    with torch.no_grad():
-        before, after = (m.logits(m(ask))[0, -1].softmax(-1)[ord('S')].item() for m in (before, after))
+    models = the_start(), answers.make_gpt(load_checkpoint(tmp_path / 'run', 'best.pt'))
+    before, after = (m.logits(m(ask))[0, -1].softmax(-1)[ord('S')].item() for m in models)
     assert before < 0.5 and after > 0.95
 
 
-def test_all_of_policy_and_critic_move_and_the_reward_model_does_not(tmp_path):
-    preference.main(config(tmp_path / 'run', 'ppo'))
-    first, last = load_checkpoint('reward', 'best.pt')['reward_model'], load_checkpoint(tmp_path / 'run', 'best.pt')
-    start = load_checkpoint('start', 'best.pt')['model']
-    for name, w in last['critic'].items():
-        before = first[name] if name.startswith('gpt.') else torch.zeros_like(w)
-        assert 'lm_head' in name or not torch.equal(w, before), name
-    assert all(not torch.equal(w, start[name]) for name, w in last['model'].items())
-    assert 'reward_model' not in last
+def test_policy_and_critic_move_and_the_reward_model_is_as_it_was_saved(tmp_path):
+    """The critic is a copy of the reward model, which may read more tokens than the policy."""
+    first, start = load_checkpoint('reward', 'best.pt')['reward_model'], the_start().state_dict()
+    last = load_checkpoint(whole('ppo', micro_groups=3, block_size=60), 'best.pt')
+    assert (last['model_config']['block_size'], last['critic_config']['block_size']) == (60, 80)
+    assert all(not torch.equal(w, start[name][:len(w)]) for name, w in last['model'].items())
+    assert all(not torch.equal(w, first[name] if name.startswith('gpt') else 0 * w)
+               for name, w in last['critic'].items() if 'lm_head' not in name) and 'reward_model' not in last
+
+    lab, method = a_run(tmp_path, 'ppo', eval_split='test')  # that of the reward run, which is centred there
+    assert all(torch.equal(w, first[name]) for name, w in method.scorer.state_dict().items())
+    critic = method.trained['critic']
+    for (name, w), other in zip(critic.gpt.state_dict().items(), method.scorer.gpt.state_dict().values()):
+        assert torch.equal(w, first[f'gpt.{name}']) and w.data_ptr() != other.data_ptr()
+    prompts = an_evaluation(lab, method, None).prompts
+    drawn = answers.sample(lab, the_start(), prompts, evaluate.EVAL, 0)
+    batch = make_batch([Group(0, '', prompt, [answer]) for prompt, answer in zip(prompts, drawn)])
+    assert answers.rewards(lab, method.scorer, batch).mean().abs() < 1e-5 and (critic.head.weight == 0).all()
 
 
 def test_kl_stop_ends_an_iteration(tmp_path, capsys):
-    preference.main(config(tmp_path / 'run', 'ppo', kl_stop=1e-9, learning_rate=1e-2, warmup_iters=0, inner_epochs=3))
+    cfg = config(tmp_path / 'run', 'ppo', kl_stop=1e-9, learning_rate=1e-2, warmup_iters=0, inner_epochs=3, max_iters=14)
+    preference.main(cfg)
     lines = metrics(tmp_path / 'run', 'train')
     # the first update of an iteration finds the ratios at 1, the second one does not
-    assert [(line['iteration'], line['step']) for line in lines] == [(0, 1), (0, 6), (1, 7), (1, 12), (2, 13), (2, 18)]
-    assert [line['step'] for line in metrics(tmp_path / 'run', 'eval')] == [0, 6, 12, 18]
-    assert capsys.readouterr().out.count('above kl_stop') == 3
-    cfg = config(tmp_path / 'run', 'ppo', kl_stop=1e-9, learning_rate=1e-2, warmup_iters=0, inner_epochs=3, max_iters=8)
-    preference.main(replace(cfg, out_dir=str(tmp_path / 'short')))
-    preference.main(replace(cfg, out_dir=str(tmp_path / 'short'), resume=True))  # it did not run past its end
-    assert load_checkpoint(tmp_path / 'short')['step'] == 8
+    assert [(line['iteration'], line['step']) for line in lines] == [(0, 1), (0, 6), (1, 7), (1, 12), (2, 13), (2, 14)]
+    assert [line['step'] for line in metrics(tmp_path / 'run', 'eval')] == [0, 6, 12, 14]
+    assert capsys.readouterr().out.count('above kl_stop') == 2
+    preference.main(replace(cfg, resume=True))  # it did not run past its end
+    assert load_checkpoint(tmp_path / 'run')['step'] == 14
 
 
 # The loop -----------------------------------------------------------------------------------------------------------
+
+KEYS = dict(dpo={'ref_log_p'}, spin={'log_p', 'ref_log_p'}, distill={'log_p', 'ref_log_p'}, reward=set(),
+            ppo={'log_p', 'reward', 'old_log_p', 'value', 'returns', 'advantage'})
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -455,9 +532,12 @@ def test_files_metrics_and_the_first_loss(tmp_path, method, capsys):
     out = tmp_path / 'run'
     preference.main(config(out, method))
     printed = capsys.readouterr().out
-    names = {p.name for p in out.iterdir()}
-    assert names == {'best.pt', 'ckpt_00000008.pt', 'ckpt_00000012.pt', 'config.json', 'metrics.jsonl', 'iterations',
-                     'preference.png', 'samples.jsonl', 'selves'}
+    assert {p.name for p in out.iterdir()} == {
+        'best.pt', 'ckpt_00000008.pt', 'ckpt_00000012.pt', 'config.json', 'metrics.jsonl', 'iterations',
+        'preference.png', 'samples.jsonl', 'selves'}
+    batch = load_checkpoint(out / 'iterations', '0002.pt')['batch']
+    assert batch.keys() == KEYS[method] | {'prompt', 'prompt_length', 'answer', 'answer_length', 'generator', 'group'}
+    assert {len(x) for name, x in batch.items() if name != 'prompt'} <= {8, len(batch['answer'])}
     lines, evals = metrics(out, 'train'), metrics(out, 'eval')
     assert [line['step'] for line in lines] == list(range(1, 13)) and [line['step'] for line in evals] == [0, 4, 8, 12]
     assert {'iteration', 'loss', 'grad_norm', 'lr', 'tokens', 'sampled_tokens'} <= set(lines[0])
@@ -466,60 +546,33 @@ def test_files_metrics_and_the_first_loss(tmp_path, method, capsys):
     if method == 'ppo':
         assert {'train_reward', 'renormalized_residual', 'exact_groups', 'clip_fraction', 'value_loss',
                 'explained_variance', 'ratio_first'} <= set(lines[0]) and 'reward' in evals[0]
-        assert lines[0]['ratio_first'] == pytest.approx(1, abs=1e-4)
-    else:  # equal scores: log K!
-        assert lines[0]['loss'] == pytest.approx(lines[0]['chance_loss'], abs=1e-4)
-        assert 'first update: loss' in printed
+    else:  # equal scores: log K! on average
+        wanted = dict(spin=math.log(2), distill=math.log(6)).get(method, lines[0]['chance_loss'])
+        assert lines[0]['loss'] == pytest.approx(wanted, abs=1e-4) and 'first update: loss' in printed
     if method == 'distill':
         assert {'reward_data', 'reward_teacher', 'reward_self', 'reward_agrees'} <= set(evals[0])
-        assert lines[0]['loss'] == pytest.approx(math.log(6), abs=1e-4)
+        assert batch['generator'].tolist() == [[DATA, TEACHER, 2]] * 8
     assert evals[0]['rank_accuracy'] == 0.5 and abs(evals[0]['kl']) < 1e-4
     assert evals[-1]['margin'] != 0 and (evals[-1]['kl'] > 0) == (method != 'reward')
     assert '  before ' in printed and '  after  ' in printed
     steps = [json.loads(line)['step'] for line in (out / 'samples.jsonl').read_text().splitlines()]
     assert steps == [0] * 6 + [4] * 6 + [8] * 6 + [12] * 6
-    talk = sample.Config(out_dir=str(out), prompt='Rusty pan, why me?', max_new_tokens=5, device='cpu')
-    if method == 'reward':
-        with pytest.raises(Refusal, match='is a reward run: it judges answers and writes none'):
-            sample.main(talk)
-    else:
-        sample.main(talk)
+    if method != 'reward':
+        sample.main(sample.Config(out_dir=str(out), prompt='Rusty pan, why me?', max_new_tokens=5, device='cpu'))
         assert 'Rusty pan, why me?' in capsys.readouterr().out
 
 
-def assert_same_run(a, b):
-    for event in ('train', 'eval'):
-        assert metrics(a, event) == metrics(b, event)
-    assert (a / 'samples.jsonl').read_bytes() == (b / 'samples.jsonl').read_bytes()
-    for path in (a / 'iterations').glob('*.jsonl'):
-        assert path.read_bytes() == (b / 'iterations' / path.name).read_bytes()
-    a, b = load_checkpoint(a), load_checkpoint(b)
-    assert a.keys() == b.keys() and a['step'] == b['step'] and a['selves'] == b['selves']
-    for part in ('model', 'critic', 'reward_model'):
-        for name, w in a.get(part, {}).items():
-            assert torch.equal(w, b[part][name]), name
-    for mine, other in zip(a['optimizer']['state'].values(), b['optimizer']['state'].values()):
-        assert all(torch.equal(mine[k], other[k]) for k in mine)
-
-
 @pytest.mark.parametrize('method', METHODS)
-def test_resume_is_bit_exact(tmp_path, method):
+def test_resume_is_bit_exact(tmp_path, method, capsys):
     """Stopped inside an iteration, at its end, and at a checkpoint of the schedule: the same run as uninterrupted."""
-    cfg = config(tmp_path / 'whole', method, micro_groups=3)
-    preference.main(cfg)
-    out = tmp_path / 'stopped'
+    changes = dict(micro_groups=3) | (dict(block_size=60) if method == 'ppo' else {})
+    a, b = whole(method, **changes), tmp_path / 'stopped'
     for stop in (3, 4, 8, 10):
-        preference.main(replace(cfg, out_dir=str(out), stop_step=stop, resume=stop > 3))
-        assert load_checkpoint(out)['step'] == stop
-    preference.main(replace(cfg, out_dir=str(out), resume=True))
-    assert_same_run(tmp_path / 'whole', out)
-
-
-def command(out_dir, method, *more, ranks=1, **changes):
-    options = [f'--{k}={v}' for k, v in {**SMALL, **METHODS[method], **changes, 'out_dir': out_dir,
-                                        'method': method}.items()]
-    launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--standalone'] if ranks > 1 else []
-    return [sys.executable, *launch, str(ROOT / 'preference.py'), *options, *more]
+        preference.main(config(b, method, stop_step=stop, resume=stop > 3, **changes))
+        assert load_checkpoint(b)['step'] == stop
+    preference.main(config(b, method, resume=True, **changes))
+    assert 'resumed at step 10 (exact)' in capsys.readouterr().out
+    assert_same_run(a, b)
 
 
 @pytest.mark.parametrize('method', ['spin', 'ppo', *(pytest.param(name, marks=pytest.mark.soak) for name in METHODS
@@ -528,10 +581,9 @@ def test_two_ranks_equal_one(tmp_path, method):
     """The same losses and evaluations with 2 gloo ranks, which hand over to one process and take over again."""
     options = dict(groups_per_iteration=10, groups_per_step=5, micro_groups=2)
     preference.main(config(tmp_path / 'one', method, **options))
-    two = tmp_path / 'two'
-    succeed(command(two, method, '--stop_step=3', ranks=2, **options))
-    preference.main(config(two, method, resume=True, stop_step=5, **options))
-    succeed(command(two, method, '--resume=True', ranks=2, **options))
+    succeed(command(tmp_path / 'two', method, '--stop_step=3', ranks=2, **options))
+    preference.main(config(tmp_path / 'two', method, resume=True, stop_step=5, **options))
+    succeed(command(tmp_path / 'two', method, '--resume=True', ranks=2, **options))
     for event in ('train', 'eval'):
         one, two = metrics(tmp_path / 'one', event), metrics(tmp_path / 'two', event)
         assert [line['step'] for line in one] == [line['step'] for line in two]
@@ -544,14 +596,20 @@ def test_two_ranks_equal_one(tmp_path, method):
         assert json.loads(a)['prompt_ids'] == json.loads(b)['prompt_ids']
 
 
-@pytest.mark.parametrize('where, call, interval', [('sample', 1, 4), ('sample', 3, 4), ('sample', 3, 100),
-                                                   ('evaluate', 3, 4), ('ranking_loss', 3, 100)])
-def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, monkeypatch, where, call, interval):
-    """SIGTERM in a collection, the first too, in an evaluation and in an update; with and without checkpoints between.
-    """
-    cfg = config(tmp_path / 'whole', 'spin', eval_interval=interval)
-    preference.main(cfg)
-    sound, calls = getattr(preference, where), []
+def test_two_ranks_with_untied_heads_and_one_prompt_to_evaluate(tmp_path):
+    """A reward model never uses its language head, and one rank has nothing to evaluate: neither hangs nor fails."""
+    train.main(train.Config(**DATASET, out_dir=str(tmp_path / 'start'), n_layer=1, n_head=2, n_embd=16, block_size=80,
+                            max_iters=2, tie_weights=False, device='cpu'))
+    succeed(command(tmp_path / 'run', 'reward', ranks=2, init_from=tmp_path / 'start', iterations=1, eval_groups=1,
+                    eval_samples=1))
+
+
+@pytest.mark.parametrize('where, name, call', [(preference, 'sample', 1), (preference, 'sample', 3),
+                                               (evaluate.Evaluation, 'rankings', 3),
+                                               (preference.RankingMethod, 'loss', 3)])
+def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, monkeypatch, where, name, call):
+    """SIGTERM in a collection, the first too, in an evaluation and in an update."""
+    a, b, sound, calls = whole('spin', micro_groups=3), tmp_path / 'stopped', getattr(where, name), []
 
     def interrupted(*args):
         calls.append(1)
@@ -559,240 +617,199 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, monkeypatch, where
             os.kill(os.getpid(), signal.SIGTERM)
         return sound(*args)
 
-    out = tmp_path / 'stopped'
     with monkeypatch.context() as patch:
-        patch.setattr(preference, where, interrupted)
-        if where == 'ranking_loss':
-            patch.setitem(preference.METHODS, 'spin', preference.METHODS['spin']._replace(loss=interrupted))
+        patch.setattr(where, name, interrupted)
         with pytest.raises(SystemExit) as end:
-            preference.main(replace(cfg, out_dir=str(out)))
-    assert end.value.code == 143 and load_checkpoint(out)['step'] < 12
-    preference.main(replace(cfg, out_dir=str(out), resume=True))
-    assert_same_run(tmp_path / 'whole', out)
-
-
-def test_more_ranks_than_groups(tmp_path):
-    """A rank that has nothing to judge waits for the one that has."""
-    done = subprocess.run(command(tmp_path / 'run', 'dpo', ranks=2, eval_groups=1, eval_samples=1, iterations=1),
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_collection_that_was_touched_is_refused(tmp_path):
-    cfg, out = config(tmp_path / 'run', 'spin'), tmp_path / 'run'
-    preference.main(replace(cfg, stop_step=6))
-    path = out / 'iterations' / '0001.pt'
-    whole = path.read_bytes()
-    for damage in (whole[:-7], whole[:5000] + b'?' + whole[5001:], b''):
-        path.write_bytes(damage)
-        with pytest.raises(Refusal, match='0001.pt is missing or not the one that the checkpoint was trained on'):
-            preference.main(replace(cfg, resume=True))
-    path.write_bytes(whole)
-    preference.main(replace(cfg, resume=True))
+            preference.main(config(b, 'spin', micro_groups=3))
+    assert end.value.code == 143 and load_checkpoint(b)['step'] < 12
+    preference.main(config(b, 'spin', micro_groups=3, resume=True))
+    assert_same_run(a, b)
 
 
 def test_selfplay_ends_within_the_noise_and_not_before(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(preference, 'MARGIN_GROUPS', 8)  # two iterations' later halves
     idle = config(tmp_path / 'run', 'spin', learning_rate=0.0, min_lr=0.0, margin_stop=2.0, warmup_iters=0)
     preference.main(idle)
+    preference.main(replace(idle, resume=True))  # and stays ended
     assert 'self-play ends after iteration 1' in capsys.readouterr().out
     assert load_checkpoint(tmp_path / 'run')['step'] == 8 and metrics(tmp_path / 'run', 'eval')[-1]['step'] == 8
-    preference.main(replace(idle, resume=True))
-    assert load_checkpoint(tmp_path / 'run')['step'] == 8  # and stays ended
-    told = config(tmp_path / 'told', 'spin', learning_rate=1e-2, margin_stop=2.0, warmup_iters=0,
-                  groups_per_iteration=16, groups_per_step=2, stop_step=17)
-    preference.main(told)  # a hardly trained start is told from data at once, and self-play goes on
-    found, = [line for line in metrics(tmp_path / 'told', 'train') if 'self_margin_mean' in line]
+    preference.main(config(tmp_path / 'clear', 'spin', learning_rate=1e-2, margin_stop=2.0, warmup_iters=0,
+                           groups_per_iteration=16, groups_per_step=2, stop_step=17))
+    # data are far above a hardly trained start, and self-play goes on
+    found, = [line for line in metrics(tmp_path / 'clear', 'train') if 'self_margin_mean' in line]
     assert found['step'] == 16 and found['self_margin_mean'] > 2 * found['self_margin_error'] > 0
-    assert load_checkpoint(tmp_path / 'told')['step'] == 17
+    assert load_checkpoint(tmp_path / 'clear')['step'] == 17
 
 
-def test_mean_and_error():
-    x = torch.randn(50, dtype=torch.float64)
-    mean, error = preference.mean_and_error(50, x.sum().item(), x.square().sum().item())
-    assert (mean, error) == pytest.approx((x.mean().item(), x.std(correction=0).item() / 50 ** 0.5))
+# Evaluation ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_evaluation_by_brute_force(tmp_path, monkeypatch):
+def test_evaluation_by_brute_force(tmp_path):
     """One held-out answer and one sample at a time, with all logits at once; on the toy's own questions."""
-    run, start = a_run(tmp_path, 'dpo', max_answers=0)
-    run.step, run.cfg = 1, replace(run.cfg, source='toy')
-    for p in run.trained['model'].parameters():
-        p += 0.03 * torch.randn_like(p)
-    policy, reference = run.trained['model'], answers.make_gpt(start)
-    log = types.SimpleNamespace(lines=[], write=lambda event, **line: log.lines.append(line))
-    got = evaluate.evaluate(run, log)
-    pairs, logps, chosen, rejected = [], [], [], []
-    for group in evaluate.held_out(run):
-        log_p = [slow_log_p(policy, group.prompt, a).sum().item() for a in group.answers]
-        ref = [slow_log_p(reference, group.prompt, a).sum().item() for a in group.answers]
-        score = [0.1 * (a - b) for a, b in zip(log_p, ref)]
-        pairs += [a - b for a, b in combinations(score, 2)]
-        logps += [a > b for a, b in combinations(log_p, 2)]
-        chosen.append(log_p[0])
-        rejected.append(log_p[-1])
-    mean = lambda values: sum(values) / len(values)
-    expected = dict(rank_accuracy=mean([gap > 0 for gap in pairs]), margin=mean(pairs), rank_accuracy_logp=mean(logps),
-                    chosen_logp=mean(chosen), rejected_logp=mean(rejected))
-    groups = answers.shorten(run, evaluate.held_out_posts(run))
+    lab, method = a_run(tmp_path, 'dpo', max_answers=0)
+    lab = method.lab = lab._replace(cfg=replace(lab.cfg, source='toy'))
+    policy, reference = method.trained['model'], the_start()
+    shake(policy, scale=0.03)
+    evaluation = an_evaluation(lab, method, policy)
+    got, rankings = evaluation(1), [[] for _ in range(12)]
+    for g, _, prompt, answer in texts(evaluation.held):
+        rankings[g].append([slow_log_p(m, prompt, answer).sum().item() for m in (policy, reference)])
+    pairs = [(a, b) for ranking in rankings for a, b in combinations(ranking, 2)]
+    margins = [0.1 * (a - ref_a - b + ref_b) for (a, ref_a), (b, ref_b) in pairs]
+    columns = dict(rank_accuracy=[margin > 0 for margin in margins], margin=margins,
+                   rank_accuracy_logp=[a > b for (a, _), (b, _) in pairs],
+                   chosen_logp=[ranking[0][0] for ranking in rankings], kl=[], entropy=[], eot_rate=[],
+                   rejected_logp=[ranking[-1][0] for ranking in rankings], answer_length=[], true_quality=[])
     uniform = torch.from_numpy(np.random.default_rng((5, 0, evaluate.EVAL, 0)).random((6, 20), 'float32'))
-    drawn = policy.generate([group.prompt for group in groups], 20, eot=256, uniform=uniform)
-    kl, entropy = [], []
-    for group, answer in zip(groups, drawn):
-        kl.append((slow_log_p(policy, group.prompt, answer) - slow_log_p(reference, group.prompt, answer)).sum().item())
-        logits = policy.logits(policy(torch.tensor([group.prompt + answer[:-1]])))
-        log_p = logits[0, len(group.prompt) - 1:].log_softmax(-1)
-        entropy += (-(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)).tolist()
-    posts = [answers.post_of(run, group.prompt) for group in groups]
-    expected |= dict(kl=mean(kl), entropy=mean(entropy), eot_rate=mean([answer[-1] == 256 for answer in drawn]),
-                     answer_length=mean([len(answer) - (answer[-1] == 256) for answer in drawn]), true_quality=mean(
-                         [quality(post, answers.text_of(run, answer)) for post, answer in zip(posts, drawn)]))
+    drawn = policy.generate(evaluation.prompts, 20, eot=EOT, uniform=uniform)
+    posts = [answers.post_of(lab, prompt) for prompt in evaluation.prompts]
+    for post, prompt, answer in zip(posts, evaluation.prompts, drawn):
+        log_ratio = slow_log_p(policy, prompt, answer) - slow_log_p(reference, prompt, answer)
+        logits = policy.logits(policy(torch.tensor([prompt + answer[:-1]])))[0, len(prompt) - 1:]
+        columns['kl'].append(log_ratio.sum().item())
+        columns['entropy'] += torch.special.entr(logits.softmax(-1)).sum(-1).tolist()
+        columns['eot_rate'].append(answer[-1] == EOT)
+        columns['answer_length'].append(len([id for id in answer if id != EOT]))
+        columns['true_quality'].append(quality(post, answers.text_of(lab, answer)))
+    expected = {name: sum(column) / len(column) for name, column in columns.items()}
     assert {key: got[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert [line['prompt'] for line in log.lines] == posts and len(set(posts)) == 6
+    assert [line['prompt'] for line in evaluation.samples_log.lines] == posts and len(set(posts)) == 6
 
 
-def test_reward_run_is_centred_and_loads_into_ppo(tmp_path):
-    run, _ = a_run(tmp_path, 'ppo', eval_split='test')  # the fixture's
-    groups = answers.shorten(run, evaluate.held_out_posts(run))
-    start = answers.make_gpt(load_checkpoint('start', 'best.pt'))
-    drawn = answers.sample(run, start, [group.prompt for group in groups], evaluate.EVAL, 0)
-    batch = group_batch([group._replace(answers=[answer]) for group, answer in zip(groups, drawn)], 80)
-    assert answers.rewards(run, run.frozen['reward_model'], batch).mean().abs() < 1e-5
-    saved = load_checkpoint('reward', 'best.pt')['reward_model']
-    for name, w in run.frozen['reward_model'].state_dict().items():
-        assert torch.equal(w, saved[name])
-    for name, w in run.trained['critic'].gpt.state_dict().items():
-        frozen = run.frozen['reward_model'].gpt.state_dict()[name]
-        assert torch.equal(w, saved[f'gpt.{name}']) and w.data_ptr() != frozen.data_ptr()
-    assert (run.trained['critic'].head.weight == 0).all()
+def test_cheap_rankers_find_what_there_is_to_find(tmp_path):
+    """Where the better answer is always longer, or always holds certain letters, they order the pairs."""
+    lab, method = a_run(tmp_path, 'dpo', eval_groups=0)
+    rng = np.random.default_rng(0)
+    # lengths and letters of the better answer and of the worse, and how many pairs length and letters order
+    for better, worse, expected in (((10, 20, 120), (10, 20, 120), (0.5, 0.5)), ((6, 9, 120), (10, 20, 120), (1, None)),
+                                    ((10, 20, 140), (10, 20, 100), (0.5, 1))):
+        for split in ('train', 'val'):
+            lab.groups[split] = as_data(*(([*range(9)], [
+                rng.integers(last - 25, last, rng.integers(low, high)) for low, high, last in (better, worse)])
+                for _ in range(200)))
+        found = an_evaluation(lab, method, None).baselines()
+        for name, accuracy in zip(('rank_accuracy_length', 'rank_accuracy_bag'), expected):
+            assert accuracy is None or found[name] == pytest.approx(accuracy, abs=0.12)
 
 
-def test_untied_heads_train_too(tmp_path):
-    """A reward model never uses its language head; under DDP that must not hang or fail."""
-    train.main(train.Config(dataset='small', source='rows', encoding='bytes', out_dir=str(tmp_path / 'start'),
-                            n_layer=1, n_head=2, n_embd=16, block_size=80, max_iters=2, tie_weights=False,
-                            device='cpu'))
-    subprocess.run(command(tmp_path / 'run', 'reward', ranks=2, init_from=tmp_path / 'start', iterations=1), check=True,
-                   capture_output=True)
+def test_no_forward_pass_is_made_twice(tmp_path):
+    """Beside sampling: the policy once over the held-out rankings and over its samples, the start over these, and over
+    the held-out rankings at the first evaluation only; in self-play the policy once over the collection.
+    """
+    lab, method = a_run(tmp_path, 'spin')
+    evaluation, passes = an_evaluation(lab, method, method.trained['model']), []
+    for name, module in (('policy', method.trained['model']), ('start', evaluation.start)):
+        module.register_forward_hook(lambda _, args, options, out, name=name: passes.extend([name] * ('mask' in options)),
+                                     with_kwargs=True)
+    for act, expected in ((lambda: evaluation(0), ['start', 'policy', 'policy', 'start']),
+                          (lambda: evaluation(4), ['policy', 'policy', 'start']),
+                          (lambda: method.collect(0, 0), ['policy'])):
+        act()
+        assert passes == expected
+        passes.clear()
+
+
+def test_a_run_without_an_evaluation_gives_its_last_checkpoint(tmp_path):
+    """Step 0 is never the best: its reward model gives 0."""
+    out = tmp_path / 'stopped'
+    preference.main(config(out, 'reward', stop_step=2))
+    assert not (out / 'best.pt').exists() and metrics(out, 'eval')[-1]['step'] == 0
+    _, method = a_run(tmp_path, 'ppo', reward_model=str(out))
+    assert torch.equal(method.scorer.head.weight, load_checkpoint(out)['reward_model']['head.weight'])
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------
 
+ALTERED = dict(start_gpt2=dict(encoding='gpt2'), reward_gpt2=dict(encoding='gpt2'),
+               reward_zero={'head.weight': lambda w: 0 * w}, reward_other={'offset': lambda w: w + 1},
+               reward_short=dict(block_size=40, **{'gpt.transformer.wpe.weight': lambda w: w[:40].clone()}),
+               teacher_other={'transformer.ln_f.bias': lambda w: w + 1})
+
+
+def altered(name):
+    """A folder with the best checkpoint of a run, changed as its name says; other names as they are."""
+    source, changes = str(name).split('_')[0], ALTERED.get(name, {})
+    if changes and not Path(name).exists():
+        state = load_checkpoint(source, 'best.pt')
+        for part in (state, state['model_config'], state.get('model', {}), state.get('reward_model', {})):
+            part.update({key: new(part[key]) if callable(new) else new for key, new in changes.items() if key in part})
+        Path(name).mkdir()
+        save_checkpoint(name, state, 'best.pt')
+    return name
+
 
 @pytest.mark.parametrize('changes, words', [
     (dict(init_from='out/toy_start'), 'init_from=out/toy_start holds no checkpoint; make one with: python train.py'),
-    (dict(init_from='reward'), 'init_from=reward is a reward run and has no policy'),
+    (dict(init_from='reward'), 'init_from=reward is a reward model and has no policy'),
+    (dict(init_from='start_gpt2'), 'init_from=start_gpt2 was trained on gpt2 tokens, and the data are in bytes'),
     (dict(method='ppo', reward_model=''), "reward_model='' holds no checkpoint; make one with: python preference.py"),
-    (dict(method='ppo', reward_model='start'), 'reward_model=start is no reward run'),
-    (dict(method='distill', teacher=''), 'distill needs a teacher'),
-    (dict(method='distill', teacher='out/nobody'), 'teacher=out/nobody holds no checkpoint'),
-    (dict(method='distill', teacher='typo.jsonl'), 'teacher=typo.jsonl cannot be read .No such file'),
-    (dict(method='distill', teacher='reward'), 'teacher=reward is a reward run'),
-    *((dict(method=method, **{option: f'foreign_{of}'}), f'{option}=foreign_{of} speaks gpt2, but the data are in bytes')
-      for method, option, of in (('dpo', 'init_from', 'start'), ('distill', 'teacher', 'start'),
-                                 ('ppo', 'reward_model', 'reward'))),
-    (dict(method='distill', reward_model='short'), 'reward_model=short reads 40 tokens, and the policy writes'),
-    (dict(max_new_tokens=80), 'max_new_tokens=80 leave no room for a prompt'),
+    (dict(method='ppo', reward_model='start'), 'reward_model=start is no reward model'),
+    (dict(method='ppo', reward_model='reward_gpt2'), 'reward_model=reward_gpt2 was trained on gpt2 tokens'),
+    (dict(method='ppo', reward_model='reward_zero'), 'reward_model=reward_zero is untrained: it gives 0'),
+    (dict(method='distill', reward_model='reward_short'), 'reads 40 tokens, and the policy writes up to 80'),
+    (dict(max_new_tokens=80), 'max_new_tokens=80 leaves no room for a prompt'),
     (dict(dataset='nowhere'), 'data/nowhere is missing'),
     (dict(groups_per_iteration=0, groups_per_step=1000), 'rankings, fewer than groups_per_step=1000')])
 def test_refusals_are_sentences_and_cost_nothing(tmp_path, changes, words):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'ckpt_00000001.pt').write_bytes(b'an earlier run')
-    if changes.get('reward_model') == 'short' and not Path('short').exists():
-        start = load_checkpoint('reward', 'best.pt')
-        Path('short').mkdir()
-        weights = dict(start['reward_model'])
-        weights['gpt.transformer.wpe.weight'] = weights['gpt.transformer.wpe.weight'][:40].clone()
-        save_checkpoint('short', dict(start, reward_model=weights, model_config=dict(
-            start['model_config'], block_size=40)), 'best.pt')
-    for name in changes.values():
-        if str(name).startswith('foreign_') and not Path(name).exists():
-            Path(name).mkdir()
-            state = load_checkpoint(name.removeprefix('foreign_'), 'best.pt')
-            save_checkpoint(name, dict(state, encoding='gpt2'), 'best.pt')
+    changes = {name: altered(value) for name, value in changes.items()}
     with pytest.raises(Refusal, match=words):
         preference.main(config(tmp_path / 'run', overwrite=True, **changes))
     assert [path.read_bytes() for path in (tmp_path / 'run').iterdir()] == [b'an earlier run']
-
-
-def test_commands_in_refusals_name_the_config(tmp_path, monkeypatch):
-    """Where a config of that name is at hand, it is the remedy."""
-    (tmp_path / 'config').mkdir()
-    (tmp_path / 'config' / 'toy_start.py').write_text('')
-    (tmp_path / 'config' / 'toy_reward.py').write_text('')
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refusal, match='make one with: python train.py config/toy_start.py'):
-        load_run(preference.Config(), 'init_from')
-    with pytest.raises(Refusal, match='make one with: python preference.py config/toy_reward.py'):
-        load_run(preference.Config(reward_model='out/toy_reward'), 'reward_model')
-    with pytest.raises(Refusal, match='with: python train.py --out_dir=out/mine --dataset=x --source=hub, or'):
-        load_run(preference.Config(init_from='out/mine', dataset='x'), 'init_from')
-
-
-def test_a_critic_may_be_larger_than_its_policy(tmp_path, capsys):
-    """It is a copy of the reward model, which may read more tokens; the run can be loaded and resumed all the same."""
-    changes = dict(block_size=60, iterations=2)
-    preference.main(config(tmp_path / 'whole', 'ppo', **changes))
-    preference.main(config(tmp_path / 'cut', 'ppo', stop_step=3, **changes))
-    preference.main(config(tmp_path / 'cut', 'ppo', resume=True, **changes))
-    assert 'resumed at step 3 (exact)' in capsys.readouterr().out
-    assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
-    state = load_checkpoint(tmp_path / 'whole', 'best.pt')
-    assert (state['model_config']['block_size'], state['critic_config']['block_size']) == (60, 80)
 
 
 def test_resume_of_another_run_is_refused(tmp_path):
     out = tmp_path / 'run'
     preference.main(config(out, stop_step=1))
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    with pytest.raises(Refusal, match='another run: method dpo there, spin here'):
-        preference.main(config(out, 'spin', resume=True))
-    with pytest.raises(Refusal, match='groups_per_step 4 there, 2 here; ask for the same'):
-        preference.main(config(out, resume=True, groups_per_step=2))
-    with pytest.raises(Refusal, match='is not empty; add --resume=True'):
-        preference.main(config(out))
-    for option, where in (('init_from', 'start'), ('reward_model', 'reward'), ('teacher', 'teacher')):
-        with pytest.raises(Refusal, match=f'{option} and out_dir are both'):
-            preference.main(config(where, 'distill', overwrite=True))
-    with pytest.raises(Refusal, match='init_from and out_dir are both'):
-        preference.main(config('start', init_from='start/best.pt', overwrite=True))
-    with pytest.raises(Refusal, match='another run: method dpo there, none here'):
-        train.main(train.Config(dataset='small', source='rows', encoding='bytes', out_dir=str(out), resume=True,
-                                n_layer=1, n_embd=32, block_size=80, device='cpu'))
+    for changes, words in ((dict(method='spin', resume=True), 'method is dpo in the checkpoint, spin here'),
+                           (dict(groups_per_step=2, resume=True), 'groups_per_step is 4 in the checkpoint, 2 here'),
+                           ({}, 'is not empty; add --resume=True')):
+        with pytest.raises(Refusal, match=words):
+            preference.main(config(out, **changes))
+    with pytest.raises(Refusal, match='method is dpo in the checkpoint, None here'):
+        train.main(train.Config(**DATASET, out_dir=str(out), resume=True, n_layer=1, n_embd=32, block_size=80,
+                                device='cpu'))
     assert before == {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
 
 
-def test_resume_with_another_teacher_or_reward_model_is_refused(tmp_path):
-    for name, seed in (('first', 0), ('second', 1)):
-        preference.main(config(tmp_path / name, 'reward', iterations=1, seed=seed, eval_split='test'))
-    for method in ('ppo', 'distill'):
-        cfg = config(tmp_path / method, method, stop_step=1, reward_model=str(tmp_path / 'first'))
-        preference.main(cfg)
-        with pytest.raises(Refusal, match='cannot resume, its reward_model is another one now'):
-            preference.main(replace(cfg, resume=True, reward_model=str(tmp_path / 'second')))
-    with pytest.raises(Refusal, match='cannot resume, its teacher is another one now'):
-        preference.main(replace(cfg, resume=True, teacher='start'))
+@pytest.mark.parametrize('method, option', [('ppo', 'reward_model'), ('distill', 'reward_model'), ('distill', 'teacher')])
+def test_resume_with_another_teacher_reward_model_or_collection_is_refused(tmp_path, method, option):
+    cfg = config(tmp_path / 'run', method, stop_step=1)
+    preference.main(cfg)
+    with pytest.raises(Refusal, match=f'cannot resume.* {option} is'):
+        preference.main(replace(cfg, resume=True, **{option: altered(f'{getattr(cfg, option)}_other')}))
+    path = tmp_path / 'run' / 'iterations' / '0000.pt'
+    sound = path.read_bytes()
+    for damage in (sound[:-7], sound[:5000] + b'?' + sound[5001:], b''):
+        path.write_bytes(damage)
+        with pytest.raises(Refusal, match='0000.pt is missing or not the one that the checkpoint was trained on'):
+            preference.main(replace(cfg, resume=True))
 
 
-def test_logged_log_probabilities_are_plain(tmp_path):
-    """token_order changes the loss, not what iterations/ tells of an answer."""
-    run, _ = a_run(tmp_path, 'spin', token_order=2)
-    batch, _ = preference.collect_self_play(run, 0)
-    with torch.no_grad():
-        for g, k, prompt, answer in texts(batch):
-            if k == 1:
-                log_p = slow_log_p(run.trained['model'], prompt, answer)
-                assert batch['log_p'][g, 1].item() == pytest.approx(log_p.sum().item(), rel=1e-5)
-                assert batch['ref_log_p'][g, 1].item() == pytest.approx(-taylor_loss(log_p, 2).sum().item(), rel=1e-4)
+@pytest.mark.parametrize('changes, words', [
+    (dict(method='pdo'), "method='pdo' is not one of dpo, spin, distill, reward, ppo"),
+    (dict(moment_order=4), 'moment_order=4 is not one of 2, 3'), (dict(league='open'), 'not one of tied, ordered'),
+    (dict(groups_per_iteration=10, groups_per_step=4), 'is no multiple of groups_per_step=4'),
+    (dict(moment_order=3, answers_per_prompt=3), 'use 4 or more'), (dict(max_answers=1), 'leaves nothing to rank'),
+    (dict(anchor_first=True), 'anchor_first=True needs two opponents or more')])
+def test_wrong_options_are_named(changes, words):
+    assert words in ' '.join(preference.Config(**changes).check())
 
 
-@pytest.mark.parametrize('options, words', [
-    (['--method=pdo'], "method='pdo' is not one of dpo, spin, distill, reward, ppo"),
-    (['--moment_order=4'], 'kurtosis >= skewness^2 + 1'),
-    (['--groups_per_iteration=10', '--groups_per_step=4'], 'is no multiple of groups_per_step=4'),
-    (['--gamma=1.5'], 'gamma=1.5 is above 1'), (['--moment_order=3', '--answers_per_prompt=3'], 'use 4 or more'),
-    (['--max_answers=1'], 'leaves nothing to rank'), (['--opponent=2'], 'did you mean opponents?')])
-def test_wrong_options_exit_with_2_and_a_sentence(options, words):
-    done = subprocess.run([sys.executable, str(ROOT / 'preference.py'), *options], capture_output=True, text=True)
-    assert done.returncode == 2 and words in done.stderr and 'Traceback' not in done.stderr
+def test_options_of_other_methods_are_refused():
+    """Where they were asked for and differ from the default; the help names the methods that read an option."""
+    cfg = config('run', 'ppo', margin_stop=1.0, beta=0.2, sft_weight=0.5)
+    object.__setattr__(cfg, 'given', frozenset({'margin_stop', 'beta', 'opponents'}))
+    assert list(cfg.check()) == ['margin_stop has no effect in method=ppo; leave it out']
+    options = {option for method in preference.METHODS.values() for option in method.options}
+    readers = dict(re.findall(r'^    (\w+): .*?# ([^:\n]*):', inspect.getsource(preference.Config), re.MULTILINE))
+    assert {option: preference.METHODS.keys() & set(re.findall(r'\w+', readers[option])) for option in options} == {
+        option: {name for name, method in preference.METHODS.items() if option in method.options} for option in options}
+
+
+def test_a_misspelled_option_exits_with_2_and_a_sentence():
+    done = subprocess.run([sys.executable, str(ROOT / 'preference.py'), '--opponent=2'], capture_output=True, text=True)
+    assert done.returncode == 2 and 'did you mean opponents?' in done.stderr and 'Traceback' not in done.stderr
