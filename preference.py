@@ -122,6 +122,7 @@ class Method:
 
     options = ()            # those of Config that only some methods read, and this one does
     best = ''               # the metric by which best.pt is chosen; '' = the latest is the best
+    ranks_data = False      # whether it learns from the data's own rankings
     scorer = None           # a ScalarHead that rates the samples of an evaluation
 
     def __init__(self, lab, start, selves):
@@ -206,7 +207,8 @@ class RankingMethod(Method):
 
 class DPO(RankingMethod):
     """The data's rankings; the reference is the start."""
-    options, best = ('beta', 'max_answers', 'rank_order', 'token_order', 'sft_weight', 'sft_order'), 'rank_accuracy'
+    options = 'beta', 'max_answers', 'rank_order', 'token_order', 'sft_weight', 'sft_order'
+    best, ranks_data = 'rank_accuracy', True
 
     def collect(self, iteration, step):
         lab, batch = self.lab, make_batch(self.rankings(iteration))
@@ -216,7 +218,8 @@ class DPO(RankingMethod):
 
 class RewardModel(RankingMethod):
     """The data's rankings; the score is a scalar head's, and there is no reference."""
-    options, best = ('reward_read', 'max_answers', 'rank_order', 'sft_weight', 'sft_order'), 'rank_accuracy'
+    options = 'reward_read', 'max_answers', 'rank_order', 'sft_weight', 'sft_order'
+    best, ranks_data = 'rank_accuracy', True
 
     def __init__(self, lab, start, selves):
         super().__init__(lab, start, selves)
@@ -676,11 +679,11 @@ def open_lab(cfg, machine, data):
     groups = {split: data.groups(split) for split in {'train', cfg.eval_split}}
     lab = Lab(cfg, machine, encoding, groups, block_size, StopSignal())
     usable, words = usable_rankings(lab, groups['train'])
-    if cfg.method in ('dpo', 'reward'):  # the others take one answer of the data, or none
-        lab = lab._replace(groups=dict(groups, train=usable))
     if words:
         machine.print(f'note: of {len(groups["train"].prompts):,} training rankings in a block of {block_size} tokens '
                       f'with max_new_tokens={cfg.max_new_tokens}: {words}')
+    if METHODS[cfg.method].ranks_data:  # the others take one answer of the data, or none
+        lab = lab._replace(groups=dict(groups, train=usable))
     if start.get('link_order'):
         machine.print(f'note: {cfg.init_from} was trained with T_{start["link_order"]}: its probabilities are '
                       'under-confident by design, and answers are sampled from them as they are')
