@@ -107,6 +107,13 @@ def slope_of(loss, log_p):
     return value.detach(), slope
 
 
+def _slope(loss, log_p):
+    """The slope of `slope_of` alone. T_n's is closed: autograd once a chunk made a step at 64 channels 3 % slower."""
+    if isinstance(loss, functools.partial) and loss.func is taylor_loss:
+        return -(-torch.expm1(log_p)) ** loss.keywords['n']
+    return slope_of(loss, log_p)[1]
+
+
 @torch.compiler.disable
 def linear_loss(hidden, weight, targets, loss, vocab_size=None):
     """Head and loss in one pass: the sum of loss(log p(target)) under softmax(hidden @ weight.T), and each log p.
@@ -136,16 +143,14 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, loss, vocab_size, dtype, wanted):
         w, gradients = weight.to(dtype), _Gradients(hidden, weight, wanted)
-        total, log_ps = hidden.new_zeros((), dtype=gradients.exact), []
+        log_ps = [hidden.new_zeros(0, dtype=gradients.exact)]
         for rows, h, error, log_p in _chunks(hidden, w, targets, vocab_size):
-            ignored = targets[rows] < 0
-            value, slope = slope_of(loss, log_p) if any(wanted) else (loss(log_p), None)
             if any(wanted):
-                gradients.add(rows, h, w, error, slope.masked_fill(ignored, 0.0))
-            total += value.masked_fill(ignored, 0.0).sum()
+                gradients.add(rows, h, w, error, _slope(loss, log_p).masked_fill(targets[rows] < 0, 0.0))
             log_ps.append(log_p)
         ctx.save_for_backward(gradients.hidden, gradients.weight)
-        log_p = torch.cat([total.new_zeros(0), *log_ps])
+        log_p = torch.cat(log_ps)
+        total = loss(log_p).masked_fill(targets < 0, 0.0).sum()
         ctx.mark_non_differentiable(log_p)
         return total, log_p
 
