@@ -250,7 +250,7 @@ def open_run(cfg, machine):
     try:
         resumes = cfg.resume and bool(checkpoints(out))
         if cfg.resume and not resumes:
-            # an evaluation follows its checkpoint; lines of training alone are of a run that was killed before its first
+            # an evaluation follows its checkpoint; lines of training alone are of a run killed before its first one
             if any(event['step'] and event['event'] == 'eval' for _, event in read_events(out / 'metrics.jsonl')):
                 raise Refusal(f'{out} has lost its checkpoints, and best.pt cannot be continued; choose another '
                               '--out_dir, or delete it all with --overwrite=True')
@@ -683,8 +683,8 @@ class Updates:
     def load_state_dict(self, state):
         was, now = [saved['name'] for saved in state['optimizers']], [type(o).__name__ for o in self.optimizers]
         if was != now:
-            raise Refusal(f'cannot resume: the optimizers are {", ".join(was)} in the checkpoint, {", ".join(now)} here; '
-                          'use the same, or choose another --out_dir')
+            raise Refusal(f'cannot resume: the optimizers are {", ".join(was)} in the checkpoint, {", ".join(now)} '
+                          'here; use the same, or choose another --out_dir')
         for optimizer, saved in zip(self.optimizers, state['optimizers']):
             optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved['state']))  # the options are this run's
         if state['scaler']:  # of float16

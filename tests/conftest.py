@@ -1,4 +1,4 @@
-"""What pytest runs when it is not told: everything but what takes long."""
+"""Settings of pytest: by default all tests run but those that take long."""
 import os
 import subprocess
 
@@ -18,6 +18,6 @@ def pytest_configure(config):
 
 
 def succeed(command):
-    """Runs it; where it fails, what it said is the message of the test."""
+    """Runs it; where it fails, its output is the message of the test."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, f'exit code {done.returncode}\n{done.stdout}'

@@ -76,7 +76,7 @@ def content(state):
 
 def assert_same_run(*out_dirs):
     """Two finished runs in all that they wrote, but for times, options and the files that only a stop keeps."""
-    for name in (None, 'best.pt'):
+    for name in {path.name for out in out_dirs for path in (runs.checkpoints(out)[-1], *out.glob('best.pt'))}:
         a, b = (load_checkpoint(out, name) for out in out_dirs)
         for part in (a.keys() | b.keys()) - {'seconds', 'config', 'machine'}:
             assert content(a[part]) == content(b[part]), part
@@ -339,14 +339,18 @@ def test_a_run_whose_terminal_or_reader_is_gone_is_saved(tmp_path, close):
     assert process.wait(60) == 129 and load_checkpoint(tmp_path / 'run')['step'] >= 20
 
 
-def test_nohup_keeps_a_run_alive(tmp_path):
-    process = running(tmp_path, 20, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+def test_nohup_keeps_a_run_alive_and_its_folder_closed_to_others(tmp_path, monkeypatch):
+    """Two runs in one folder would mix their lines and delete each other's checkpoints."""
+    monkeypatch.setattr(runs, 'LOCK_TIMEOUT', 0.3)
+    process = running(tmp_path, 5, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
-    for line in process.stdout:  # 300 more steps are more than the pipe held
-        if line.startswith('step 400/'):
-            break
+    for changes in (dict(resume=True), dict(overwrite=True), {}):
+        with pytest.raises(Refusal, match='run is in use by another run; wait for its end'):
+            train.main(config('train', tmp_path / 'run', **changes))
     process.terminate()
     assert 'stopped after step' in process.communicate()[0] and process.returncode == 143
+    with pytest.raises(Refusal, match='is not empty'):
+        train.main(config('train', tmp_path / 'run'))
 
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -371,19 +375,6 @@ def test_signals_during_a_save(tmp_path, monkeypatch, number, code):
     assert end.value.code == code and load_checkpoint(tmp_path / 'cut')['step'] == 12
     train.main(replace(cfg, out_dir=str(tmp_path / 'cut'), resume=True))
     assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
-
-
-def test_one_folder_is_for_one_run(tmp_path, monkeypatch):
-    """Two runs in one folder would mix their lines and delete each other's checkpoints."""
-    monkeypatch.setattr(runs, 'LOCK_TIMEOUT', 0.3)
-    process = running(tmp_path, 5)
-    for changes in (dict(resume=True), dict(overwrite=True), {}):
-        with pytest.raises(Refusal, match='run is in use by another run; wait for its end'):
-            train.main(config('train', tmp_path / 'run', **changes))
-    process.terminate()
-    process.communicate()
-    with pytest.raises(Refusal, match='is not empty'):
-        train.main(config('train', tmp_path / 'run'))
 
 
 def test_checkpoints_that_are_gone(tmp_path):
@@ -419,12 +410,16 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path, kind):
 
 
 def test_a_folder_that_holds_no_run_is_not_touched(tmp_path):
+    """Under python -O too: what guards a run is no assert."""
     for name in ('best.pt', 'loss.png', 'thesis.txt'):
         (tmp_path / name).write_text('mine')
     before = files(tmp_path)
     for overwrite in (False, True):
         with pytest.raises(Refusal, match='holds no run, so nothing in it is touched'):
             train.main(config('train', tmp_path, overwrite=overwrite))
+    python, *arguments = command('train', tmp_path, overwrite=True)
+    done = subprocess.run([python, '-O', *arguments], capture_output=True, text=True)
+    assert done.returncode == 1 and 'holds no run' in done.stderr
     assert files(tmp_path) == before
 
 
@@ -512,15 +507,7 @@ def test_a_full_disk_leaves_no_half_dataset(tmp_path, monkeypatch):
     assert subprocess.run(prepare, capture_output=True).returncode == 0
 
 
-# Python -------------------------------------------------------------------------------------------------------------
-
-
-def test_without_assertions(tmp_path):
-    """python -O: what guards a run is no assert."""
-    (tmp_path / 'notes.txt').touch()
-    python, *arguments = command('train', tmp_path)
-    done = subprocess.run([python, '-O', *arguments], capture_output=True, text=True)
-    assert done.returncode == 1 and 'is not empty' in done.stderr
+# Training -----------------------------------------------------------------------------------------------------------
 
 
 OPTIMIZERS = dict(
