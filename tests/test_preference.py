@@ -22,7 +22,6 @@ import evaluate
 import prepare_shp
 import preference
 import runs
-import sample
 import train
 from answers import DATA, TEACHER, cut_answers, make_batch, micro_batches, pack, select, token_rows
 from configurator import Refusal
@@ -213,8 +212,7 @@ def test_packed_rows_give_what_separate_texts_give(tmp_path, read):
 
 
 def test_memory_follows_tokens():
-    """40 answers, one of them long, beside rankings of two: no tensor of a batch is prompts x answers x tokens."""
-    wide = Group(0, 'a', [1] * 10, [[2] * 500, *([3, k] for k in range(39))])
+    wide = Group(0, 'a', [1] * 10, [[2] * 500, *([3, k] for k in range(39))])  # 40 answers, one of them long
     batch = make_batch([wide, *(Group(g, 'b', [1] * 10, [[2, 3], [4]]) for g in range(1, 9))])
     assert sum(x.numel() for x in batch.values()) == 9 * 10 + 500 + 2 * 39 + 8 * 3 + 2 * 9 + 2 * 9 * 40
     assert select(batch, torch.tensor([3, 0]))['answer'].tolist() == [2, 3, 4, *sum(wide.answers, [])]
@@ -342,19 +340,18 @@ def test_who_plays_in_which_iteration(tmp_path, options, expected):
 
 
 def test_iterations_on_disk_tell_everything():
-    out = whole('spin', micro_groups=3)
-    lines = [json.loads(line) for line in (out / 'iterations' / '0002.jsonl').read_text().splitlines()]
-    manifest = json.loads((out / 'iterations' / '0002.json').read_text())
+    out = whole('spin', micro_groups=3) / 'iterations'
+    lines = [json.loads(line) for line in (out / '0002.jsonl').read_text().splitlines()]
+    manifest, batch = json.loads((out / '0002.json').read_text()), load_checkpoint(out, '0002.pt')['batch']
     assert [(line['generator'], line['rank']) for line in lines] == [('data', 0), ('self-2', 1), ('self-1', 2)] * 8
     assert all(('log_prob' in line) == (line['rank'] > 0) and line['iteration'] == 2 for line in lines)
     assert [line['prompt_id'] for line in lines[::3]] == manifest['prompt_ids'] and manifest['seed'] == 0
-    past = load_checkpoint(out / 'selves', '0001.pt')['model']
+    past = load_checkpoint(out.parent / 'selves', '0001.pt')['model']
     assert manifest['generators']['self-1'] == answers.weights_hash(past)
     rows, encoding = {row['post_id']: row['history'] for row in toy_rows('train', 40, 0)}, prepare_shp.encoding('bytes')
-    written = texts(load_checkpoint(out / 'iterations', '0002.pt')['batch'])
-    assert [(line['prompt'], line['completion']) for line in lines] == [
-        (rows[line['prompt_id']], encoding.decode([id for id in answer if id != EOT]))
-        for line, (*_, answer) in zip(lines, written, strict=True)]
+    for line, (*_, answer) in zip(lines, texts(batch), strict=True):
+        assert line['prompt'] == rows[line['prompt_id']]
+        assert line['completion'] == encoding.decode([id for id in answer if id != EOT])
 
 
 class Extremes(preference.DPO):
@@ -376,45 +373,42 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('changes', [{}, dict(moment_order=2, renormalize_over='batch')])
 def test_first_minibatch_of_ppo(tmp_path, changes):
-    """Ratio 1, KL 0, value 0, and each prompt's returns average 0; raw rewards lack 1 where an answer did not end."""
+    """Ratio 1, KL 0, value 0, each prompt's returns average 0; the gradient is that of -A q^m log p for token_order m,
+    for m = 0 PPO's bit for bit. Raw rewards lack 1 where an answer did not end. What is reported is of the true log p.
+    """
     lab, method = a_run(tmp_path, 'ppo', answers_per_prompt=6, **changes)
     batch, facts = method.collect(0, 0)
-    _, stats = method.loss(pack(batch), counts_of(batch))
-    assert stats['ratio_first'].item() == pytest.approx(1, abs=1e-5) and abs(facts['train_kl']) < 1e-4
-    assert stats['clip_fraction'] == 0 and abs(stats['update_kl']) < 1e-6 and (batch['value'] == 0).all()
-    assert batch['advantage'].mean().abs() < 1e-5 and batch['advantage'].std() == pytest.approx(1, rel=1e-2)
+    model, rows, counts, A = method.trained['model'], pack(batch), counts_of(batch), batch['advantage']
+    assert abs(facts['train_kl']) < 1e-4 and (batch['value'] == 0).all()
+    assert A.mean().abs() < 1e-5 and A.std() == pytest.approx(1, rel=1e-2)
     last = batch['returns'][batch['answer_length'].flatten().cumsum(0) - 1].view(8, 6)
     mean = last.mean(1) if lab.cfg.renormalize_over == 'prompt' else last.mean()
     assert mean.abs().max() < 1e-4 and last.square().mean() == pytest.approx(1, abs=0.4)
-    with torch.no_grad():
-        for g, k, prompt, answer in texts(batch):
-            r = slow_reward(method.scorer, prompt, answer).item() - (answer[-1] != EOT)
-            assert batch['reward'][g, k].item() == pytest.approx(r, abs=1e-5)
-
-
-def test_ppo_with_a_token_order(tmp_path):
-    """The first gradient is that of -A q^m log p, for m = 0 PPO's bit for bit; reports are of the true log p."""
-    lab, method = a_run(tmp_path, 'ppo')
-    batch, _ = method.collect(0, 0)
-    model, rows, counts = method.trained['model'], pack(batch), counts_of(batch)
+    for g, k, prompt, answer in texts(batch):
+        r = slow_reward(method.scorer, prompt, answer).item() - (answer[-1] != EOT)
+        assert batch['reward'][g, k].item() == pytest.approx(r, abs=1e-5)
 
     def gradient(loss):
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        return torch.cat([g.flatten() for g in grads]) * counts['tokens']
 
     for m in range(4):
         method.lab = lab._replace(cfg=replace(lab.cfg, token_order=m))
-        found, log_p = gradient(method.loss(rows, counts)[1]['loss']), fast_log_p(lab, model, rows)
-        expected = gradient(-(batch['advantage'] * (-log_p.detach().expm1()) ** m * log_p).sum() / counts['tokens'])
+        log_p, (_, stats) = fast_log_p(lab, model, rows), method.loss(rows, counts)
+        assert [stats[x].item() for x in ('ratio_first', 'clip_fraction', 'update_kl')] == pytest.approx(
+            [1, 0, 0], abs=1e-5)
+        found = gradient(stats['loss'])
+        expected = gradient(-(A * (-log_p.detach().expm1()) ** m * log_p).sum() / counts['tokens'])
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
         if m == 0:
-            plain = ppo_policy_loss(fast_log_p(lab, model, rows), batch['old_log_p'], batch['advantage'], 0.2)
-            assert torch.equal(found, gradient(plain.sum() / counts['tokens']))
+            ppo = ppo_policy_loss(fast_log_p(lab, model, rows), batch['old_log_p'], A, 0.2).sum()
+            assert torch.equal(found, gradient(ppo / counts['tokens']))
     shake(model, scale=0.05)
     _, stats = method.loss(rows, counts)
     log_ratio = fast_log_p(lab, model, rows).detach() - batch['old_log_p']
-    assert stats['update_kl'].item() == pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item(), rel=1e-4)
     clipped = ((log_ratio.exp() - 1).abs() > 0.2).float().mean().item()
     assert stats['clip_fraction'].item() == pytest.approx(clipped) and 0 < clipped < 1
+    assert stats['update_kl'].item() == pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item(), rel=1e-4)
 
 
 def test_advantages_are_gae_of_the_penalised_rewards(tmp_path):
@@ -423,21 +417,19 @@ def test_advantages_are_gae_of_the_penalised_rewards(tmp_path):
     policy, critic, reference = method.trained['model'], method.trained['critic'], the_start()
     shake(policy, critic, scale=0.05)
     batch, _ = method.collect(1, 0)
-    renormalized, returns, advantages = renormalize_reward(batch['reward'], 3).reward, [], []
-    with torch.no_grad():
-        for g, k, prompt, answer in texts(batch):
-            value = (critic(torch.tensor([prompt + answer]))[0][0, len(prompt) - 1:-1] + critic.offset).tolist()
-            reward = -0.3 * (slow_log_p(policy, prompt, answer) - slow_log_p(reference, prompt, answer))
-            reward[-1] += renormalized[g, k]
-            after, backwards = 0.0, []
-            for r, v, v_next in list(zip(reward.tolist(), value, [*value[1:], 0.0]))[::-1]:
-                after = r + 0.9 * v_next - v + 0.9 * 0.8 * after
-                backwards.append(after)
-            advantages += backwards[::-1]
-            returns += [a + v for a, v in zip(backwards[::-1], value)]
-    a = torch.tensor(advantages)
+    renormalized, returns = renormalize_reward(batch['reward'], 3).reward, []
+    for g, k, prompt, answer in texts(batch):
+        value = (critic(torch.tensor([prompt + answer]))[0][0, len(prompt) - 1:-1] + critic.offset).tolist()
+        reward = -0.3 * (slow_log_p(policy, prompt, answer) - slow_log_p(reference, prompt, answer))
+        reward[-1] += renormalized[g, k]
+        after, backwards = 0.0, []
+        for r, v, v_next in list(zip(reward.tolist(), value, [*value[1:], 0.0]))[::-1]:
+            after = r + 0.9 * v_next - v + 0.9 * 0.8 * after
+            backwards.append(after + v)
+        returns += backwards[::-1]
     assert batch['returns'].tolist() == pytest.approx(returns, abs=1e-4)
-    assert torch.allclose(batch['advantage'], (a - a.mean()) / a.std(correction=0), atol=1e-3)
+    a = batch['returns'] - batch['value']
+    assert torch.allclose(batch['advantage'], (a - a.mean()) / a.std(correction=0), atol=1e-5)
 
 
 def test_a_bandit_is_solved(tmp_path, monkeypatch):
@@ -484,43 +476,39 @@ def test_kl_stop_ends_an_iteration(tmp_path):
     assert load_checkpoint(tmp_path)['step'] == 14
 
 
-KEYS = dict(dpo={'ref_log_p'}, spin={'log_p', 'ref_log_p'}, distill={'log_p', 'ref_log_p'}, reward=set(),
-            ppo={'log_p', 'reward', 'old_log_p', 'value', 'returns', 'advantage'})
+ADDED = dict(dpo='ref_log_p', spin='log_p ref_log_p', distill='log_p ref_log_p', reward='',
+             ppo='log_p reward old_log_p value returns advantage')
+PPO_METRICS = set('train_reward renormalized_residual exact_groups clip_fraction value_loss explained_variance'.split())
 
 
 @pytest.mark.parametrize('method', METHODS)
 def test_files_metrics_and_the_first_loss(tmp_path, method, capsys):
-    out = tmp_path / 'run'
-    preference.main(config(out, method))
-    printed = capsys.readouterr().out
-    assert {p.name for p in out.iterdir()} == {
+    preference.main(config(tmp_path, method))
+    assert {p.name for p in tmp_path.iterdir()} == {
         'best.pt', 'ckpt_00000008.pt', 'ckpt_00000012.pt', 'config.json', 'metrics.jsonl', 'iterations',
         'preference.png', 'samples.jsonl', 'selves'}
-    batch = load_checkpoint(out / 'iterations', '0002.pt')['batch']
-    assert batch.keys() == KEYS[method] | {'prompt', 'prompt_length', 'answer', 'answer_length', 'generator', 'group'}
+    batch = load_checkpoint(tmp_path / 'iterations', '0002.pt')['batch']
+    assert batch.keys() == {'prompt', 'prompt_length', 'answer', 'answer_length', 'generator', 'group',
+                            *ADDED[method].split()}
     assert {len(x) for name, x in batch.items() if name != 'prompt'} <= {8, len(batch['answer'])}
-    lines, evals = metrics(out, 'train'), metrics(out, 'eval')
+    lines, evals = metrics(tmp_path, 'train'), metrics(tmp_path, 'eval')
     assert [line['step'] for line in lines] == list(range(1, 13)) and [line['step'] for line in evals] == [0, 4, 8, 12]
     assert {'iteration', 'loss', 'grad_norm', 'lr', 'tokens', 'sampled_tokens'} <= set(lines[0])
     assert {'rank_accuracy', 'rank_accuracy_logp', 'margin', 'chosen_logp', 'rejected_logp', 'kl', 'entropy',
             'answer_length', 'eot_rate', 'rank_accuracy_length', 'rank_accuracy_bag'} <= set(evals[0])
     if method == 'ppo':
-        assert {'train_reward', 'renormalized_residual', 'exact_groups', 'clip_fraction', 'value_loss',
-                'explained_variance', 'ratio_first'} <= set(lines[0]) and 'reward' in evals[0]
+        assert PPO_METRICS <= set(lines[0]) and 'reward' in evals[0]
     else:  # equal scores: log K! on average
         wanted = dict(spin=math.log(2), distill=math.log(6)).get(method, lines[0]['chance_loss'])
-        assert lines[0]['loss'] == pytest.approx(wanted, abs=1e-4) and 'first update: loss' in printed
+        assert lines[0]['loss'] == pytest.approx(wanted, abs=1e-4)
     if method == 'distill':
         assert {'reward_data', 'reward_teacher', 'reward_self', 'reward_agrees'} <= set(evals[0])
         assert batch['generator'].tolist() == [[DATA, TEACHER, 2]] * 8
     assert evals[0]['rank_accuracy'] == 0.5 and abs(evals[0]['kl']) < 1e-4
     assert evals[-1]['margin'] != 0 and (evals[-1]['kl'] > 0) == (method != 'reward')
+    printed, samples = capsys.readouterr().out, (tmp_path / 'samples.jsonl').read_text().splitlines()
     assert '  before ' in printed and '  after  ' in printed
-    steps = [json.loads(line)['step'] for line in (out / 'samples.jsonl').read_text().splitlines()]
-    assert steps == [0] * 6 + [4] * 6 + [8] * 6 + [12] * 6
-    if method != 'reward':
-        sample.main(sample.Config(out_dir=str(out), prompt='Rusty pan, why me?', max_new_tokens=5, device='cpu'))
-        assert 'Rusty pan, why me?' in capsys.readouterr().out
+    assert [json.loads(line)['step'] for line in samples] == [0] * 6 + [4] * 6 + [8] * 6 + [12] * 6
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -530,7 +518,7 @@ def test_resume_is_bit_exact(tmp_path, method):
     a, b = whole(method, **changes), tmp_path / 'stopped'
     for stop in (3, 4, 8, 10, 0):
         preference.main(config(b, method, stop_step=stop, resume=stop != 3, **changes))
-        assert load_checkpoint(b)['step'] == stop or 12
+        assert load_checkpoint(b)['step'] == (stop or 12)
     assert_same_run(a, b)
 
 
@@ -599,27 +587,24 @@ def test_evaluation_by_brute_force(tmp_path):
     policy, reference = method.trained['model'], the_start()
     shake(policy, scale=0.03)
     evaluation = an_evaluation(lab, method, policy)
-    got, rankings = evaluation(1), [[] for _ in range(12)]
-    for g, _, prompt, answer in texts(evaluation.held):
-        rankings[g].append([slow_log_p(m, prompt, answer).sum().item() for m in (policy, reference)])
-    pairs = [(a, b) for ranking in rankings for a, b in combinations(ranking, 2)]
-    margins = [0.1 * (a - ref_a - b + ref_b) for (a, ref_a), (b, ref_b) in pairs]
-    columns = dict(rank_accuracy=[margin > 0 for margin in margins], margin=margins,
-                   rank_accuracy_logp=[a > b for (a, _), (b, _) in pairs],
-                   chosen_logp=[ranking[0][0] for ranking in rankings], kl=[], entropy=[], eot_rate=[],
-                   rejected_logp=[ranking[-1][0] for ranking in rankings], answer_length=[], true_quality=[])
+    got, valid = evaluation(1), evaluation.held['answer_length'] > 0
+    log_p, ref = torch.zeros(2, *valid.shape)
+    for g, k, prompt, answer in texts(evaluation.held):
+        log_p[g, k], ref[g, k] = (slow_log_p(m, prompt, answer).sum() for m in (policy, reference))
+    accuracy, margin, ece = evaluate.pair_statistics(0.1 * (log_p - ref), valid)
+    worst = log_p[torch.arange(12), valid.sum(1) - 1]
+    expected = dict(rank_accuracy=accuracy, margin=margin, rank_ece=ece, chosen_logp=log_p[:, 0].mean().item(),
+                    rank_accuracy_logp=evaluate.pair_statistics(log_p, valid)[0], rejected_logp=worst.mean().item())
     uniform = torch.from_numpy(np.random.default_rng((5, 0, evaluate.EVAL, 0)).random((6, 20), 'float32'))
     drawn = policy.generate(evaluation.prompts, 20, eot=EOT, uniform=uniform)
-    posts = [answers.post_of(lab, prompt) for prompt in evaluation.prompts]
-    for post, prompt, answer in zip(posts, evaluation.prompts, drawn):
-        log_ratio = slow_log_p(policy, prompt, answer) - slow_log_p(reference, prompt, answer)
+    posts, kl, entropy = [answers.post_of(lab, prompt) for prompt in evaluation.prompts], 0.0, []
+    for prompt, answer in zip(evaluation.prompts, drawn):
+        kl += (slow_log_p(policy, prompt, answer) - slow_log_p(reference, prompt, answer)).sum().item() / 6
         logits = policy.logits(policy(torch.tensor([prompt + answer[:-1]])))[0, len(prompt) - 1:]
-        columns['kl'].append(log_ratio.sum().item())
-        columns['entropy'] += torch.special.entr(logits.softmax(-1)).sum(-1).tolist()
-        columns['eot_rate'].append(answer[-1] == EOT)
-        columns['answer_length'].append(len([id for id in answer if id != EOT]))
-        columns['true_quality'].append(quality(post, answers.text_of(lab, answer)))
-    expected = {name: sum(column) / len(column) for name, column in columns.items()}
+        entropy += torch.special.entr(logits.softmax(-1)).sum(-1).tolist()
+    expected |= dict(kl=kl, entropy=np.mean(entropy), eot_rate=np.mean([answer[-1] == EOT for answer in drawn]),
+                     answer_length=np.mean([len([id for id in answer if id != EOT]) for answer in drawn]),
+                     true_quality=np.mean([quality(p, answers.text_of(lab, a)) for p, a in zip(posts, drawn)]))
     assert {key: got[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert [line['prompt'] for line in evaluation.samples_log.lines] == posts and len(set(posts)) == 6
 
@@ -641,15 +626,13 @@ def test_cheap_rankers_find_what_there_is_to_find(tmp_path):
 
 
 def test_no_forward_pass_is_made_twice(tmp_path):
-    """Beside sampling: the policy once over the held-out rankings and over its samples, the start over these, and over
-    the held-out rankings at the first evaluation only; in self-play the policy once over the collection.
-    """
+    """Beside sampling: evaluations, the first of which scores the held-out rankings under the start; a collection."""
     lab, method = a_run(tmp_path, 'spin')
     evaluation, passes = an_evaluation(lab, method, method.trained['model']), []
     monitored = {method.trained['model']: 'policy', evaluation.start: 'start'}
     for model in monitored:
-        model.register_forward_hook(lambda model, args, options, _: passes.append((monitored[model], 'mask' in options)),
-                                    with_kwargs=True)
+        model.register_forward_hook(lambda model, args, options, out: passes.append(
+            (monitored[model], 'mask' in options)), with_kwargs=True)
     for act, expected in ((lambda: evaluation(0), 'start policy policy start'),
                           (lambda: evaluation(4), 'policy policy start'), (lambda: method.collect(0, 0), 'policy')):
         passes.clear()
@@ -657,13 +640,13 @@ def test_no_forward_pass_is_made_twice(tmp_path):
         assert ' '.join(name for name, packed in passes if packed) == expected
 
 
-def test_a_run_without_an_evaluation_gives_its_last_checkpoint(tmp_path):
-    """Step 0 is never the best: its reward model gives 0."""
-    out = tmp_path / 'stopped'
-    preference.main(config(out, 'reward', stop_step=2))
-    assert not (out / 'best.pt').exists() and metrics(out, 'eval')[-1]['step'] == 0
-    _, method = a_run(tmp_path, 'ppo', reward_model=str(out))
-    assert torch.equal(method.scorer.head.weight, load_checkpoint(out)['reward_model']['head.weight'])
+def test_a_run_stopped_before_its_first_evaluation_gives_its_last_checkpoint(tmp_path):
+    preference.main(config(tmp_path / 'stopped', 'reward', stop_step=2))
+    assert not (tmp_path / 'stopped' / 'best.pt').exists()  # step 0, whose rewards are 0, is never the best
+    _, method = a_run(tmp_path, 'ppo', reward_model=str(tmp_path / 'stopped'))
+    last = load_checkpoint(tmp_path / 'stopped')
+    assert last['step'] == 2 and torch.equal(method.scorer.head.weight, last['reward_model']['head.weight'])
+
 
 def altered(name, source, **changes):
     """A folder with the best checkpoint of a run, some of its entries or weights changed."""
@@ -678,10 +661,10 @@ def altered(name, source, **changes):
 @pytest.mark.parametrize('changes, words', [
     (dict(init_from='out/toy_start'), 'init_from=out/toy_start holds no checkpoint; make one with: python train.py'),
     (dict(init_from='reward'), 'init_from=reward is a reward model and has no policy'),
-    (dict(init_from=dict(source='start', encoding=lambda _: 'gpt2')), 'trained on gpt2 tokens, and the data are in byt'),
+    (dict(init_from=dict(source='start', encoding=lambda _: 'gpt2')), 'trained on gpt2 tokens'),
     (dict(method='ppo', reward_model=''), "reward_model='' holds no checkpoint; make one with: python preference.py"),
     (dict(method='ppo', reward_model='start'), 'reward_model=start is no reward model'),
-    (dict(method='ppo', reward_model={'source': 'reward', 'head.weight': torch.zeros_like}), 'is untrained: it gives 0'),
+    (dict(method='ppo', reward_model={'source': 'reward', 'head.weight': torch.zeros_like}), 'is untrained'),
     (dict(method='distill', reward_model={
         'source': 'reward', 'model_config': lambda old: dict(old, block_size=40),
         'gpt.transformer.wpe.weight': lambda w: w[:40].clone()}), 'reads 40 tokens, and the policy writes up to 80'),
@@ -696,43 +679,33 @@ def test_refusals_are_sentences_and_cost_nothing(tmp_path, changes, words):
     assert [path.read_bytes() for path in (tmp_path / 'run').iterdir()] == [b'an earlier run']
 
 
-def test_resume_of_another_run_is_refused(tmp_path):
-    preference.main(config(tmp_path, stop_step=1))
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-    for changes, words in ((dict(method='spin', resume=True), 'method is dpo in the checkpoint, spin here'),
-                           (dict(groups_per_step=2, resume=True), 'groups_per_step is 4 in the checkpoint, 2 here'),
-                           ({}, 'is not empty; add --resume=True')):
-        with pytest.raises(Refusal, match=words):
-            preference.main(config(tmp_path, **changes))
-    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-
-
 @pytest.mark.parametrize('method, option, part', [
     ('ppo', 'reward_model', 'offset'), ('distill', 'reward_model', 'offset'), ('distill', 'teacher', 'lm_head.weight')])
-def test_resume_with_another_teacher_reward_model_or_collection_is_refused(tmp_path, method, option, part):
-    cfg = config(tmp_path / 'run', method, stop_step=1)
-    preference.main(cfg)
-    other = altered(tmp_path / 'other', getattr(cfg, option), **{part: lambda w: w + 1})
-    with pytest.raises(Refusal, match=f'cannot resume.* {option} is'):
-        preference.main(replace(cfg, resume=True, **{option: other}))
-    path = tmp_path / 'run' / 'iterations' / '0000.pt'
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(Refusal, match='0000.pt is missing or not the one that the checkpoint was trained on'):
-        preference.main(replace(cfg, resume=True))
+def test_resume_of_another_run_is_refused(tmp_path, method, option, part):
+    """Or with another reward model, another teacher, or a collection that is not the run's; and nothing is changed."""
+    out = tmp_path / 'run'
+    preference.main(config(out, method, stop_step=1))
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    other = altered(tmp_path / 'other', METHODS[method][option], **{part: lambda w: w + 1})
+    for changes, words in ((dict(method='spin'), f'method is {method} in the checkpoint, spin here'),
+                           (dict(groups_per_step=2), 'groups_per_step is 4 in the checkpoint, 2 here'),
+                           (dict(resume=False), 'is not empty; add --resume=True'),
+                           ({option: other}, f'cannot resume.* {option} is'), ({}, '0000.pt is missing or not')):
+        if not changes:
+            (out / 'iterations' / '0000.pt').write_bytes((out / 'iterations' / '0000.pt').read_bytes()[:-7])
+        with pytest.raises(Refusal, match=words):
+            preference.main(config(out, **{'method': method, 'resume': True, **changes}))
+    assert before == {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
 
 
-@pytest.mark.parametrize('changes, words', [
-    (dict(method='pdo'), "method='pdo' is not one of dpo, spin, distill, reward, ppo"),
-    (dict(moment_order=4), 'moment_order=4 is not one of 2, 3'), (dict(league='open'), 'not one of tied, ordered'),
-    (dict(groups_per_iteration=10, groups_per_step=4), 'is no multiple of groups_per_step=4'),
-    (dict(moment_order=3, answers_per_prompt=3), 'use 4 or more'), (dict(max_answers=1), 'leaves nothing to rank'),
-    (dict(anchor_first=True), 'anchor_first=True needs two opponents or more')])
-def test_wrong_options_are_named(changes, words):
-    assert words in ' '.join(preference.Config(**changes).check())
-
-
-def test_options_of_other_methods_are_refused():
-    """Where they were asked for and differ from the default; the help names the methods that read an option."""
+def test_options_that_do_not_fit_are_refused():
+    """Those of other methods, too, if asked for and not the default; the help names the methods that read an option."""
+    for changes, words in ((dict(method='pdo'), "method='pdo' is not one of dpo, spin, distill, reward, ppo"),
+                           (dict(max_answers=1), 'leaves nothing to rank'), (dict(moment_order=4), 'not one of 2, 3'),
+                           (dict(groups_per_iteration=10, groups_per_step=4), 'is no multiple of groups_per_step=4'),
+                           (dict(moment_order=3, answers_per_prompt=3), 'use 4 or more'),
+                           (dict(anchor_first=True), 'needs two opponents or more'), (dict(league='x'), 'not one of')):
+        assert words in ' '.join(preference.Config(**changes).check())
     cfg = config('run', 'ppo', margin_stop=1.0, beta=0.2, sft_weight=0.5)
     object.__setattr__(cfg, 'given', frozenset({'margin_stop', 'beta', 'opponents'}))
     assert list(cfg.check()) == ['margin_stop has no effect in method=ppo; leave it out']
