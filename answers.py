@@ -67,9 +67,9 @@ def cut_answers(lab, groups):
 
 
 def usable_rankings(lab, groups):
-    """prepare_shp.Groups without answers that equal a better one once they are cut, and without rankings that keep one.
+    """Drops answers that equal a better one after the cut, then rankings that keep one answer.
 
-    -> Groups, and in words what was cut, merged and dropped ('' if nothing was).
+    prepare_shp.Groups -> Groups, and what was cut and dropped in words ('' for nothing).
     """
     length, room = np.diff(groups.offsets), lab.block_size - lab.cfg.max_new_tokens
     prompt_length = length[groups.prompts]
@@ -112,7 +112,7 @@ def token_rows(batch, rows):
 
 
 def select(batch, rows):
-    """The prompts `rows` of a batch, with all that belongs to them."""
+    """The prompts `rows` of a batch, with all that belongs to them: tensors with a row for each prompt, or token."""
     prompts, tokens = batch['prompt'].split(batch['prompt_length'].tolist()), token_rows(batch, rows)
     chosen = {name: x[rows if len(x) == len(batch['group']) else tokens] for name, x in batch.items()
               if name != 'prompt'}
@@ -255,6 +255,7 @@ def answer_rewards(lab, scorer, forward, rows):
     """-> r (G, K), and the hidden states that it was read from. forward: the ScalarHead, or its DDP."""
     scalar, offset, hidden = hidden_states(lab, forward, rows)
     scalar = scalar.flatten()
+    # place is where a token is predicted, + 1 where it stands
     r = scalar[rows.end] if scorer.read == 'last' else rows.per_answer(scalar[rows.place + 1])
     return (r + offset).masked_fill(~rows.valid(), 0.0), hidden
 

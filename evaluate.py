@@ -122,7 +122,7 @@ class Evaluation:
             weight.grad, = torch.autograd.grad(loss, weight)
             adam.step()
         valid = held['answer_length'] > 0
-        longer = pair_statistics(train['answer_length'].float(), train['answer_length'] > 0)[1] >= 0
+        longer = pair_statistics(train['answer_length'].float(), train['answer_length'] > 0)[0] >= 0.5
         length = held['answer_length'].float() if longer else -held['answer_length'].float()
         found = dict(rank_accuracy_length=pair_statistics(length, valid)[0],
                      rank_accuracy_bag=pair_statistics(bag(held).detach(), valid)[0])

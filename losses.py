@@ -123,10 +123,9 @@ def linear_loss(hidden, weight, targets, loss, vocab_size=None):
         log_p = token_log_prob(hidden @ weight[:vocab_size].T, targets)
         total = loss(log_p)[targets >= 0].sum()
 
-    Of the (N, V) logits no more than a chunk of rows exists at a time. loss: any differentiable elementwise function of
-    log p; its slope is taken by autograd on a chunk's (R,) log-probabilities, and slope * (onehot - softmax) is the
-    gradient on the logits. So the forward pass makes both gradients, with three matrix products and nothing recomputed,
-    and the backward pass scales them; none is made where none is wanted.
+    loss is any differentiable elementwise function of log p. At most a chunk of the (N, V) logits exists at a time. The
+    gradient on them is slope * (onehot - softmax), with the slope d loss / d log p by autograd on the chunk's few
+    numbers, so the forward pass computes both gradients (three matrix products), and the backward pass scales them.
     log_p carries no gradient, and is 0 where the target is -1. It comes from the sum of the OTHER probabilities, so
     that -expm1(log_p) is q = 1 - p with all its digits. In float32 the gradient of a row of hidden errs by up to 1e-5 of
     its norm at logits of scale 3, by up to 1e-4 at scale 30, from the rounding of the logits.
@@ -157,7 +156,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        # in place: a second backward is an error of autograd, not a wrong number
+        # in place: autograd then refuses a second backward pass
         return *(x if x is None else x.mul_(grad) for x in ctx.saved_tensors), *[None] * 5
 
 
@@ -195,7 +194,7 @@ class _LinearTokenLogProb(torch.autograd.Function):
 def _chunks(hidden, w, targets, vocab_size):
     """Yields rows (a slice), h (R, C), error = softmax - onehot (R, V), log_p (R,) with 0 where the target is -1.
 
-    All errors are one buffer. A softmax in place and one sum are the work at (R, V) size beside products.
+    All errors are one buffer.
     """
     size, exact = chunk_rows(len(hidden), *w.shape, w.dtype, w.device.type), _exact(w.dtype)
     buffer = w.new_empty(size, len(w))
@@ -293,10 +292,8 @@ def loss_name(loss):
 
 
 def chunk_rows(N, V, C, dtype, device='cpu'):
-    """Rows of a chunk of logits, measured on two CPUs: few keep it in cache (128 are 25 MB of float32 at gpt2's V); a
-    wide model needs more, for each chunk adds to the (V, C) gradient once, up to 1024; and so does a small vocabulary,
-    whose chunks would cost more in calls than in arithmetic. On a GPU as many as its memory hardly notices (2^28 logits
-    are 512 MiB of bfloat16), for there each call costs more than its arithmetic.
+    """Rows of a chunk of logits. On a CPU few enough for its cache, more for wide models, whose (V, C) gradient each
+    chunk adds to, and for small vocabularies (measured on two CPUs). On a GPU up to 2^28 logits, 512 MiB of bfloat16.
     """
     if device == 'cuda':
         return max(1, min(N, 2 ** 28 // V))
@@ -322,8 +319,8 @@ def calibration_gaps(confidence, right, lowest=0.0):
 def implicit_reward(log_p, ref_log_p, beta):
     """s = beta (log pi(y|x) - log pi_ref(y|x)): log-probabilities of whole answers (any shape, nats) -> the same shape.
 
-    Up to a constant per prompt, minus the energy that pi minimises under a KL penalty of strength beta
-    (Rafailov et al. 2023).
+    Up to a constant per prompt, the reward for which pi is optimal under a KL penalty of strength beta (Rafailov et al.
+    2023).
     """
     return beta * (log_p - ref_log_p)
 

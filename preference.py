@@ -534,7 +534,7 @@ def main(cfg):
     if machine.world_size > 1:
         method.wrapped = {name: DistributedDataParallel(module, gradient_as_bucket_view=True)
                           for name, module in method.wrapped.items()}
-    described = dict(describe(cfg, machine, next(iter(method.trained.values())).config, data,
+    described = dict(describe(cfg, machine, next(iter(method.trained.values())).config, data, optimizers,
                               **what_stays(cfg, method)),
                      **{f'{name}_config': vars(module.config) for name, module in list(method.trained.items())[1:]})
     step, tokens, sampled_tokens, seconds, best, evaluated, ended, facts = 0, 0, 0, 0.0, -math.inf, -1, False, {}

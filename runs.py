@@ -268,7 +268,7 @@ def open_run(cfg, machine):
         found = [load_checkpoint(out) if resumes else None]
         if len(set(machine.gather(found[0] and found[0]['step']))) > 1:
             raise Refusal(f'the ranks do not find the same checkpoint in {out}; it must be one folder that all share')
-        yield found.pop()  # not held here while the run goes on
+        yield found.pop()  # popped, so that no reference is kept here while the run goes on
     except RuntimeError as error:
         if machine.world_size > 1 and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
             raise Refusal('another rank has ended or does not answer, so this one ends too; its last message tells '
@@ -342,13 +342,14 @@ def example_prompt(data):
 # Resume --------------------------------------------------------------------------------------------------------------
 
 
-def describe(cfg, machine, model_config, data, **fixed):
+def describe(cfg, machine, model_config, data, optimizers, **fixed):
     """What a checkpoint says of its run: for `check_resume`, and for whoever loads its weights.
 
-    fixed: what must not change between a run and its resume, by name, beside the model and the data.
+    fixed: what must not change between a run and its resume, by name, beside model, data and kinds of optimizers.
     """
     return dict(model_config=asdict(model_config), config=asdict(cfg), encoding=data.meta['encoding'],
-                fixed=dict(asdict(model_config), data=data.fingerprint[:12], **fixed),
+                fixed=dict(asdict(model_config), data=data.fingerprint[:12],
+                           optimizers=[type(optimizer).__name__ for optimizer in optimizers], **fixed),
                 machine=dict(ranks=machine.world_size, device=machine.device.type, dtype=str(machine.dtype),
                              compile=machine.compile, torch=str(torch.__version__)))
 
@@ -543,7 +544,7 @@ def load_weights(where, which='best'):
     where, state = Path(where), None
     if which == 'best' and (where / 'best.pt').exists():
         state = load_checkpoint(where, 'best.pt')
-    if state is None or not state['step'] and checkpoints(where):
+    if state is None or state['step'] == 0 and checkpoints(where):  # earlier versions wrote a best.pt of step 0
         state, which = load_checkpoint(where), 'last'
     if not {'config', 'encoding', 'model_config'} <= state.keys():
         raise Refusal(f'{where} is no checkpoint of a run; name the folder of a run')
@@ -666,7 +667,7 @@ class Updates:
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             self.machine.print(f'warning: the gradient norm of step {step} is {total}; its update is skipped')
-            if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 save_state()  # no such gradient has touched a parameter
                 raise Refusal(f'{self.skipped_in_a_row} gradients in a row were not finite, up to step {step}; the '
                               f'parameters before them are saved in {self.cfg.out_dir}; try a smaller learning_rate')
@@ -676,17 +677,12 @@ class Updates:
         return norm
 
     def state_dict(self):
-        return dict(optimizers=[dict(optimizer.state_dict(), name=type(optimizer).__name__)
-                                for optimizer in self.optimizers],
-                    scaler=self.scaler.state_dict(), skipped=self.skipped, skipped_in_a_row=self.skipped_in_a_row)
+        return dict(optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+                    scaler=self.scaler.state_dict(), skipped=self.skipped)
 
     def load_state_dict(self, state):
-        was, now = [saved['name'] for saved in state['optimizers']], [type(o).__name__ for o in self.optimizers]
-        if was != now:
-            raise Refusal(f'cannot resume: the optimizers are {", ".join(was)} in the checkpoint, {", ".join(now)} '
-                          'here; use the same, or choose another --out_dir')
         for optimizer, saved in zip(self.optimizers, state['optimizers']):
             optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved['state']))  # the options are this run's
         if state['scaler']:  # of float16
             self.scaler.load_state_dict(state['scaler'])
-        self.skipped, self.skipped_in_a_row = state['skipped'], state['skipped_in_a_row']
+        self.skipped = state['skipped']

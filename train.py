@@ -59,11 +59,11 @@ class Config(RunConfig):
 
 @torch.no_grad()
 def evaluate(model, documents, rows, cfg, machine, order, stop):
-    """The sequences `rows` of a complete pass over a split, shared among ranks -> metrics; None if stopped.
+    """Metrics over the sequences `rows` of a split, shared among ranks; None after a signal.
 
-    Of p, and for order n >= 1 of link_n(p): cross-entropy in nats per token, expected calibration error, mean entropy
-    where the likeliest token is wrong; top-1 accuracy; under split='row' also the cross-entropy of documents identical
-    to a training document (leaked), and of the others (clean).
+    For p, and for order n >= 1 for link_n(p) too: val_ce, cross-entropy in nats per token; val_ece, expected calibration
+    error; val_entropy_wrong, mean entropy where the likeliest token is wrong. val_accuracy is top-1. Under split='row',
+    val_ce_leaked is of documents identical to a training document, val_ce_clean of the others.
     """
     names = ['', '_link'] if order else ['']
     found = {what + name: [torch.zeros(0)] for name in names for what in ('ce', 'confidence', 'entropy')}
@@ -73,7 +73,7 @@ def evaluate(model, documents, rows, cfg, machine, order, stop):
     firsts = range(machine.rank * size, len(rows), machine.world_size * size)
     for first in progress(firsts, 'evaluating', machine.print):
         if stop.number:
-            break
+            break  # the ranks leave together, at the sum below
         idx, targets, leaked = prepare_shp.eval_batch(documents, cfg.cut, cfg.block_size, rows[first:first + size])
         found['leaked'].append(leaked[targets >= 0])
         with machine.autocast():
@@ -113,9 +113,10 @@ def main(cfg, loss_of=None):
     data = prepare_shp.open_dataset(cfg)
     documents, held_out = data.documents('train'), data.documents(cfg.eval_split)
     cfg, start = settle(cfg, machine, data)                   # options that depend on the data and on the start
-    every = range(prepare_shp.eval_length(held_out, cfg.cut, cfg.block_size))  # sequences of an evaluation, of a probe
-    some = [i * len(every) // cfg.batch_size for i in range(cfg.batch_size)] if cfg.batch_size < len(every) else every
-    rows = machine.share(cfg.batch_size)                      # of the global batch: this rank's
+    eval_rows = range(prepare_shp.eval_length(held_out, cfg.cut, cfg.block_size))
+    count = min(cfg.batch_size, len(eval_rows))               # sequences of a probe, spread over the split
+    probe_rows = [i * len(eval_rows) // count for i in range(count)]
+    rows = machine.share(cfg.batch_size)                      # this rank's share of each batch
     micro = min(cfg.micro_batch_size or len(rows), len(rows))
 
     seed_everything(cfg.seed, 0, 0)
@@ -131,7 +132,7 @@ def main(cfg, loss_of=None):
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
     order = link_order(loss_of)                               # n of T_n, n >= 1; 0 for any other loss
-    described = dict(describe(cfg, machine, model.config, data, loss=loss_name(loss_of)), link_order=order)
+    described = dict(describe(cfg, machine, model.config, data, optimizers, loss=loss_name(loss_of)), link_order=order)
     peak = matmul_peak(machine) * machine.world_size if machine.device.type == 'cuda' else math.inf
     machine.print(f'parameters {sum(p.numel() for p in model.parameters()):,}, vocabulary {model.config.vocab_size:,}, '
                   f'loss {loss_name(loss_of)}\n{cfg.max_iters:,} steps of {cfg.batch_size} x {cfg.block_size} tokens: '
@@ -145,8 +146,8 @@ def main(cfg, loss_of=None):
                 model.load_state_dict(state['model'])
                 updates.load_state_dict(state)
                 step, tokens, seconds, best = (state[name] for name in ('step', 'tokens', 'seconds', 'best'))
-                saved_step = step or None
-            del state
+                saved_step = step or None                     # of step 0 there is no checkpoint yet
+            del state                                         # a second copy of the optimizer
         machine.on_rank_0(lambda: start_files(cfg, step, loss=loss_name(loss_of)))
         metrics, start_time = Metrics(cfg, machine, step), time.perf_counter() - seconds
 
@@ -157,26 +158,26 @@ def main(cfg, loss_of=None):
         def save_state():
             save(seconds=time.perf_counter() - start_time, best=best, **updates.state_dict())
 
-        last_line = step, tokens, time.perf_counter()         # for the speed since then
+        last_line = step, tokens, time.perf_counter()         # of the log, for the speed since
         while True:
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 if step and step != saved_step:
                     save_state()
                     saved_step = step
-                if (result := evaluate(model, held_out, every, cfg, machine, order, stop)) is not None:
+                if (result := evaluate(model, held_out, eval_rows, cfg, machine, order, stop)) is not None:
                     metrics.write('eval', step=step, tokens=tokens, seconds=time.perf_counter() - start_time, **result)
                     machine.print(f'step {step} evaluation: ' + ', '.join(f'{k} {v:.4f}' for k, v in result.items()) +
                                   (f' (log V = {math.log(model.config.vocab_size):.4f})' if step == 0 else ''))
                     if not math.isfinite(result['val_ce']):
                         machine.print('warning: the loss is not finite; the best checkpoint so far is kept; try a '
                                       'smaller learning_rate')
-                    # the start is never the best; the test split chooses nothing: the latest stays
+                    # the start is never the best; the test split selects nothing: there best.pt is the latest
                     if step and (result['val_ce'] < best or cfg.eval_split == 'test'):
                         best = result['val_ce']
                         save('best.pt', val_ce=best)
                 last_line = step, tokens, time.perf_counter()
             if cfg.probe_interval and step % cfg.probe_interval == 0:
-                if (result := evaluate(model, held_out, some, cfg, machine, 0, stop)) is not None:
+                if (result := evaluate(model, held_out, probe_rows, cfg, machine, 0, stop)) is not None:
                     metrics.write('probe', step=step, tokens=tokens, probe_ce=result['val_ce'])
             if step == cfg.max_iters or cfg.stop_step and step >= cfg.stop_step:
                 break
@@ -202,7 +203,7 @@ def main(cfg, loss_of=None):
 
             if step % cfg.log_interval == 0 or step == cfg.max_iters:
                 log_p = torch.cat(log_ps)
-                value, slope = slope_of(loss_of, log_p)
+                value, slope = slope_of(loss_of, log_p)       # the mean |slope| is q^n for T_n
                 sums = torch.stack([value.sum(), -log_p.sum(), slope.abs().sum()]).tolist()
                 loss, ce, weight = (total / max(count, 1) for total in machine.sum(sums))
                 now = time.perf_counter()
@@ -233,7 +234,7 @@ def settle(cfg, machine, data):
                       f'--batch_size={machine.world_size} or more')
     cfg = replace(cfg, source=data.meta['source'], columns=tuple(data.meta['columns']))
     documents = data.documents('train')
-    prepare_shp.lm_batch(documents, cfg.cut, cfg.block_size, cfg.seed, 0, 1)
+    prepare_shp.lm_batch(documents, cfg.cut, cfg.block_size, cfg.seed, 0, 1)  # refuses data too short for a batch
     if cfg.epochs:
         passes = len(documents.offsets) - 1 if cfg.cut == 'examples' else len(documents.tokens) / cfg.block_size
         cfg = replace(cfg, max_iters=math.ceil(cfg.epochs * passes / cfg.batch_size))
