@@ -20,7 +20,7 @@ from runs import DEVICES, DTYPES, load_weights, setup
 @dataclass(frozen=True)
 class Config(Options):
     out_dir: str = 'out/toy_t2'   # the run's folder
-    checkpoint: str = 'best'      # best (lowest validation cross-entropy) or last
+    checkpoint: str = 'best'      # best: best.pt of the run; last: its latest checkpoint
     export_hf: str = ''           # write the model to this new folder, for transformers
     prompt: str = ''              # the post to answer
     prompt_file: str = ''         # or a UTF-8 file with one post a line
