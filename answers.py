@@ -43,6 +43,8 @@ class Lab(NamedTuple):
     groups: dict              # split -> prepare_shp.Groups
     block_size: int           # of the policy
     stop: StopSignal
+    start: dict               # the start's checkpoint: model, model_config
+    selves: object            # Selves
 
 
 class Stopped(Exception):

@@ -194,8 +194,9 @@ def preference(cfg, machine, K, prompt=256, answer=64):
 
     def packed(dtype, compile=False):  # as preference.py does it
         lab = Lab(PreferenceConfig(warmup_iters=0, learning_rate=1e-3, weight_decay=0.01),
-                  machine._replace(dtype=dtype), None, {}, prompt + answer, None)
-        method = DPO(lab, dict(model=weights, model_config=asdict(config)), None)
+                  machine._replace(dtype=dtype), None, {}, prompt + answer, None,
+                  dict(model=weights, model_config=asdict(config)), None)
+        method = DPO(lab)
         gpt = method.trained['model'].to(machine.device)
         method.wrapped = dict(model=torch.compile(gpt, dynamic=True) if compile else gpt)
         updates = make_updates(gpt, lab.cfg, machine)

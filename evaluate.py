@@ -9,7 +9,7 @@ import torch
 
 import toy_shp
 from answers import (answers_of, cut_answers, cut_prompts, for_all, hidden_states, log_prob_under, make_batch, post_of,
-                     rewards, sample, text_of, token_log_probs, usable_rankings)
+                     rewards, sample, text_of, token_log_probs)
 from losses import calibration_gaps, plackett_luce_loss
 from prepare_shp import pick_groups, visible
 
@@ -20,23 +20,20 @@ KEPT = 16       # samples of an evaluation that samples.jsonl keeps
 
 
 class Evaluation:
-    """evaluate(step) -> the metrics of an 'eval' line. What does not change from step to step is computed once.
+    """evaluation(step) -> the metrics of an 'eval' line. What does not change from step to step is computed once.
 
-    policy: the model that answers prompts, of a reward run the start. method: a preference.Method.
+    method: a preference.Method. Its policy answers held-out prompts; where it trains none, the start does.
     """
 
-    def __init__(self, lab, method, policy, start, samples_log):
-        self.lab, self.method, self.policy, self.start, self.samples_log = lab, method, policy, start, samples_log
-        self.toy = lab.cfg.source == 'toy'
-        groups, words = usable_rankings(lab, lab.groups[lab.cfg.eval_split])
-        if words:
-            lab.machine.print(f'note: of {len(lab.groups[lab.cfg.eval_split].prompts):,} held-out rankings in a block '
-                              f'of {lab.block_size} tokens with max_new_tokens={lab.cfg.max_new_tokens}: {words}')
-        count = min(lab.cfg.eval_groups or len(groups.prompts), len(groups.prompts))
-        self.held = make_batch(cut_answers(lab, pick_groups(groups, EVAL_SEED, 0, count)))
-        longest = {}  # of each distinct prompt, its longest ranking
-        for group in pick_groups(groups, EVAL_SEED, 0, len(groups.prompts)):
-            if len(group.answers) > len(longest.setdefault(tuple(group.prompt), group).answers):
+    def __init__(self, lab, method, samples_log):
+        self.lab, self.method, self.start, self.samples_log = lab, method, method.reference, samples_log
+        self.policy, self.toy = method.trained.get('model') or method.reference, lab.cfg.source == 'toy'
+        held_out = lab.groups[lab.cfg.eval_split]
+        groups, longest = pick_groups(held_out, EVAL_SEED, 0, len(held_out.prompts)), {}
+        self.held = make_batch(cut_answers(lab, groups[:lab.cfg.eval_groups or None]))
+        for group in groups:  # of each distinct prompt, the longest ranking
+            before = longest.setdefault(tuple(group.prompt), group)
+            if len(group.answers) > len(before.answers):
                 longest[tuple(group.prompt)] = group
         self.asked = list(longest.values())[:lab.cfg.eval_samples]  # answered at each evaluation
         self.prompts = [group.prompt for group in cut_prompts(lab, self.asked)]
@@ -105,7 +102,7 @@ class Evaluation:
         for each of the answer's tokens, fitted to at most 4,000 training rankings by maximum likelihood.
         """
         lab, held = self.lab, self.held
-        groups, _ = usable_rankings(lab, lab.groups['train'])
+        groups = lab.groups['train']
         train = make_batch(cut_answers(lab, pick_groups(groups, EVAL_SEED, 0, min(4000, len(groups.prompts)))))
         weight = torch.zeros(lab.encoding.n_vocab, requires_grad=True)
         adam = torch.optim.Adam([weight], lr=0.02)

@@ -127,8 +127,8 @@ def linear_loss(hidden, weight, targets, loss, vocab_size=None):
     gradient on them is slope * (onehot - softmax), with the slope d loss / d log p by autograd on the chunk's few
     numbers, so the forward pass computes both gradients (three matrix products), and the backward pass scales them.
     log_p carries no gradient, and is 0 where the target is -1. It comes from the sum of the OTHER probabilities, so
-    that -expm1(log_p) is q = 1 - p with all its digits. In float32 the gradient of a row of hidden errs by up to 1e-5 of
-    its norm at logits of scale 3, by up to 1e-4 at scale 30, from the rounding of the logits.
+    that -expm1(log_p) is q = 1 - p with all its digits. In float32 the gradient of a row of hidden errs by up to 1e-5
+    of its norm at logits of scale 3, by up to 1e-4 at scale 30, from the rounding of the logits.
 
     vocab_size: ids from here on are padding and have probability 0 (default: none). Products run in the autocast dtype
     where autocast is on, else in hidden's, float16 in float32; sums are kept in float32 or better.

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -118,30 +119,64 @@ class Config(RunConfig):
 
 
 class Method:
-    """What the loop asks of a method, and what most of them share. A method of your own: a subclass in METHODS."""
+    """What the loop asks of a method, with what most of them share: a policy, scored by its implicit reward.
 
-    options = ()            # those of Config that only some methods read, and this one does
-    best = ''               # the metric by which best.pt is chosen; '' = the latest is the best
-    ranks_data = False      # whether it learns from the data's own rankings
-    scorer = None           # a ScalarHead that rates the samples of an evaluation
+    The loss is sum_k T_n(p_k) over the stages of each ranking, averaged over the prompts of a step. sft_weight adds the
+    best answers' cross-entropy a token, sft_order makes it T_n (Pang et al. 2024; for rewards Yang et al. 2024).
+    A method of your own is a subclass in METHODS.
+    """
+    options = ()        # those of Config that only some methods read, and this one does
+    best = ''           # the metric by which best.pt is chosen; '' = the latest is the best
+    top = None          # how many stages of a ranking count; None = all
+    scorer = None       # a ScalarHead that rates the samples of an evaluation
 
-    def __init__(self, lab, start, selves):
+    def __init__(self, lab):
         """Makes the modules: trained, which the loop saves and updates, and frozen ones, by name."""
-        self.lab, self.selves = lab, selves
-        self.trained, self.frozen = dict(model=make_gpt(start)), {}
-        self.wrapped = {}   # the trained modules as updates call them, compiled and under DDP
+        self.lab = lab
+        self.reference = make_gpt(lab.start).requires_grad_(False).to(lab.machine.device)  # pi_0
+        self.trained, self.frozen = dict(model=make_gpt(lab.start)), {}
+        self.wrapped = {}  # the trained modules as updates call them, compiled and under DDP
+
+    def rankings(self, iteration):
+        """The data's rankings of an iteration, cut to fit: a list of prepare_shp.Group."""
+        lab, cfg = self.lab, self.lab.cfg
+        return cut_answers(lab, pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab),
+                                            cfg.max_answers))
 
     def collect(self, iteration, step):
         """The answers of an iteration -> a batch (answers.py lists its keys), and numbers for the log."""
         raise NotImplementedError
 
-    def loss(self, rows, counts):
-        """Rows of a micro-batch -> loss, stats: sums over its prompts, divided by the counts of the whole step."""
-        raise NotImplementedError
+    def score(self, rows):
+        """s = beta (log pi(y|x) - log pi_ref(y|x)), (G, K), and log p of each answer token, (M,)."""
+        cfg = self.lab.cfg
+        hidden = hidden_states(self.lab, self.forward('model'), rows)
+        log_p = token_log_probs(self.lab, self.trained['model'], hidden, rows)
+        own = answer_log_prob(rows, log_p, cfg.token_order)
+        return implicit_reward(own, rows.batch['ref_log_p'], cfg.beta), log_p
 
     def judge(self, rows):
-        """Held-out rankings -> dict(score (G, K), and log_p (G, K) if a policy is trained)."""
-        raise NotImplementedError
+        """Held-out rankings -> dict(score (G, K), and log_p (G, K) where `score` gives it)."""
+        score, log_p = self.score(rows)
+        return dict(score=score) if log_p is None else dict(score=score, log_p=rows.per_answer(log_p))
+
+    def loss(self, rows, counts):
+        """Rows of a micro-batch -> loss, stats: sums over its prompts, divided by the counts of the whole step."""
+        cfg, valid, G = self.lab.cfg, rows.valid(), counts['groups']
+        score, log_p = self.score(rows)
+        loss = plackett_luce_loss(score, cfg.rank_order, valid, self.top).sum() / G
+        chance = plackett_luce_loss(torch.zeros_like(score), cfg.rank_order, valid, self.top).sum() / G
+        worst = score.gather(1, valid.sum(1, keepdim=True) - 1)
+        stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / G)
+        own = rows.batch['generator'] == counts['iteration']
+        if own.any():  # self-play: how well data are told from what pi_t wrote
+            margin = score[:, 0] - score[own]
+            stats |= dict(self_margin=margin.sum() / G, self_square=margin.square().sum() / G)
+        if cfg.sft_weight:
+            best = log_p[rows.owner % valid.shape[1] == 0]
+            stats['sft_loss'] = taylor_loss(best, cfg.sft_order).sum() / counts['best_tokens']
+            loss = loss + cfg.sft_weight * stats['sft_loss']
+        return loss, stats
 
     def report(self, evaluation, batch, reward):
         """Metrics beside the common ones: of fresh samples, and what `scorer` gives them, (G,) or None."""
@@ -161,68 +196,23 @@ class Method:
         return self.wrapped[name] if torch.is_grad_enabled() else self.trained[name]
 
 
-class RankingMethod(Method):
-    """sum_k T_n(p_k) over the stages of each ranking, averaged over the prompts of a step: dpo, spin, distill, reward.
-
-    sft_weight adds the best answers' cross-entropy a token, sft_order makes it T_n (Pang et al. 2024; for rewards Yang
-    et al. 2024).
-    """
-    top = None  # how many stages of a ranking count; None = all
-
-    def rankings(self, iteration):
-        """The data's rankings of an iteration, cut to fit: a list of prepare_shp.Group."""
-        lab, cfg = self.lab, self.lab.cfg
-        return cut_answers(lab, pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab),
-                                            cfg.max_answers))
-
-    def score(self, rows):
-        """s = beta (log pi(y|x) - log pi_ref(y|x)), (G, K), and log p of each answer token, (M,)."""
-        cfg = self.lab.cfg
-        hidden = hidden_states(self.lab, self.forward('model'), rows)
-        log_p = token_log_probs(self.lab, self.trained['model'], hidden, rows)
-        own = answer_log_prob(rows, log_p, cfg.token_order)
-        return implicit_reward(own, rows.batch['ref_log_p'], cfg.beta), log_p
-
-    def judge(self, rows):
-        score, log_p = self.score(rows)
-        return dict(score=score) if log_p is None else dict(score=score, log_p=rows.per_answer(log_p))
-
-    def loss(self, rows, counts):
-        cfg, valid, G = self.lab.cfg, rows.valid(), counts['groups']
-        score, log_p = self.score(rows)
-        loss = plackett_luce_loss(score, cfg.rank_order, valid, self.top).sum() / G
-        chance = plackett_luce_loss(torch.zeros_like(score), cfg.rank_order, valid, self.top).sum() / G
-        worst = score.gather(1, valid.sum(1, keepdim=True) - 1)
-        stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / G)
-        own = rows.batch['generator'] == counts['iteration']
-        if own.any():  # self-play: how well data are told from what pi_t wrote
-            margin = score[:, 0] - score[own]
-            stats |= dict(self_margin=margin.sum() / G, self_square=margin.square().sum() / G)
-        if cfg.sft_weight:
-            best = log_p[rows.owner % valid.shape[1] == 0]
-            stats['sft_loss'] = taylor_loss(best, cfg.sft_order).sum() / counts['best_tokens']
-            loss = loss + cfg.sft_weight * stats['sft_loss']
-        return loss, stats
-
-
-class DPO(RankingMethod):
+class DPO(Method):
     """The data's rankings; the reference is the start."""
     options = 'beta', 'max_answers', 'rank_order', 'token_order', 'sft_weight', 'sft_order'
-    best, ranks_data = 'rank_accuracy', True
+    best = 'rank_accuracy'
 
     def collect(self, iteration, step):
         lab, batch = self.lab, make_batch(self.rankings(iteration))
-        reference = self.selves.model(0, lab.machine.device)  # here only: none is held while training
-        return dict(batch, ref_log_p=log_prob_under(lab, reference, batch, lab.cfg.token_order)['ordered']), {}
+        return dict(batch, ref_log_p=log_prob_under(lab, self.reference, batch, lab.cfg.token_order)['ordered']), {}
 
 
-class RewardModel(RankingMethod):
+class RewardModel(Method):
     """The data's rankings; the score is a scalar head's, and there is no reference."""
     options = 'reward_read', 'max_answers', 'rank_order', 'sft_weight', 'sft_order'
-    best, ranks_data = 'rank_accuracy', True
+    best = 'rank_accuracy'
 
-    def __init__(self, lab, start, selves):
-        super().__init__(lab, start, selves)
+    def __init__(self, lab):
+        super().__init__(lab)
         self.scorer = ScalarHead(self.trained['model'], lab.cfg.reward_read)
         self.scorer.offset.requires_grad_(False)  # report_reward_model centres it
         self.trained = dict(reward_model=self.scorer)
@@ -240,15 +230,17 @@ class RewardModel(RankingMethod):
         return report_reward_model(evaluation, batch, reward)
 
 
-class SPIN(RankingMethod):
+class SPIN(Method):
     """data > pi_t, or data > {pi_t, pi_{t-1}, ...} with more opponents; the reference is pi_t (Chen et al. 2024)."""
     options = ('beta', 'rank_order', 'token_order', 'sft_weight', 'sft_order', 'opponents', 'league', 'anchor_first',
                'margin_stop')
 
-    def __init__(self, lab, start, selves):
-        super().__init__(lab, start, selves)
+    def __init__(self, lab):
+        super().__init__(lab)
         self.top = 1 if lab.cfg.league == 'tied' else None
         self.margin = [0, 0.0, 0.0]  # of data over self: prompts, sum, sum of squares
+        if lab.cfg.margin_stop and iteration_size(lab) < 2 * lab.cfg.groups_per_step:
+            lab.machine.print('note: margin_stop has no effect with one update a pass')
 
     def opponents(self, iteration):
         selves = [t for t in range(iteration, iteration - self.lab.cfg.opponents, -1) if t >= 0]
@@ -263,13 +255,13 @@ class SPIN(RankingMethod):
         lab, cfg, policy = self.lab, self.lab.cfg, self.trained['model']
         selves, device = self.opponents(iteration), lab.machine.device
         if iteration:
-            self.selves.note(lab, iteration, policy, step, keep=cfg.opponents > 1)
+            lab.selves.note(lab, iteration, policy, step, keep=cfg.opponents > 1)
         whole = pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab))
         groups = cut_prompts(lab, whole)
         ranked = {DATA: [group.answers[0] for group in whole], **self.written(whole, iteration)}
         log_p, sampled = {}, 0
         for t in selves:
-            model = policy if t == iteration else self.selves.model(t, device)
+            model = policy if t == iteration else lab.selves.model(t, device)
             ranked[t] = sample(lab, model, [group.prompt for group in groups], iteration, t)
             sampled += sum(map(len, ranked[t]))
             if t != iteration:
@@ -283,7 +275,8 @@ class SPIN(RankingMethod):
         return dict(batch, ref_log_p=found['ordered']), dict(new_tokens=sampled)
 
     def after_update(self, at, stats):
-        """Ends self-play where an iteration's mean margin of data over self is within its noise."""
+        """Ends self-play where the margin of data over self, over at least MARGIN_GROUPS prompts, is within its noise.
+        """
         cfg = self.lab.cfg
         # prompts not trained on yet, by a policy that has had time to leave pi_t
         if at['updates_per_pass'] <= 2 * at['update'] < 2 * at['updates_per_pass'] and at['step'] > cfg.warmup_iters:
@@ -312,8 +305,8 @@ class Distillation(SPIN):
     """data > teacher > pi_t; the reference is pi_t."""
     options = ('beta', 'rank_order', 'token_order', 'sft_weight', 'sft_order', 'teacher', 'reward_model', 'margin_stop')
 
-    def __init__(self, lab, start, selves):
-        super().__init__(lab, start, selves)
+    def __init__(self, lab):
+        super().__init__(lab)
         self.top, self.held_out_answers = None, None
         self.frozen = dict(teacher=open_teacher(lab))
         if lab.cfg.reward_model:
@@ -332,11 +325,9 @@ class PPO(Method):
     """pi_t's samples, K to a prompt, rewarded, renormalised and turned into advantages (Schulman et al. 2017)."""
     options = ('beta', 'token_order', 'reward_model', 'answers_per_prompt', 'moment_order', 'monotone',
                'renormalize_over', 'missing_eot_penalty', 'gamma', 'gae_lambda', 'clip_range', 'kl_stop')
-    judge = RankingMethod.judge
-    score = RankingMethod.score
 
-    def __init__(self, lab, start, selves):
-        super().__init__(lab, start, selves)
+    def __init__(self, lab):
+        super().__init__(lab)
         self.scorer = frozen_reward_model(lab)
         self.frozen = dict(reward_model=self.scorer)
         # rewards average zero for every prompt: the critic reads what the reward model reads, and gives 0 at first
@@ -352,16 +343,17 @@ class PPO(Method):
         tokens. Log-probabilities are those of the training path, so that the first update has ratios of 1.
         """
         lab, cfg, policy, K = self.lab, self.lab.cfg, self.trained['model'], self.lab.cfg.answers_per_prompt
-        self.selves.note(lab, iteration, policy, step)
+        lab.selves.note(lab, iteration, policy, step)
         groups = cut_prompts(lab, pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab)))
         answers = sample(lab, policy, [group.prompt for group in groups for _ in range(K)], iteration, iteration)
         batch = make_batch([group._replace(answers=answers[i * K:(i + 1) * K]) for i, group in enumerate(groups)],
                            iteration)
-        start, length = self.selves.model(0, lab.machine.device), batch['answer_length'].flatten().tolist()
+        length = batch['answer_length'].flatten().tolist()
 
         def of_tokens(rows):
-            old, first = (token_log_probs(lab, gpt, hidden_states(lab, gpt, rows), rows) for gpt in (policy, start))
-            return dict(old=old, start=first, value=self.token_values(self.trained['critic'], rows),
+            old, ref = (token_log_probs(lab, gpt, hidden_states(lab, gpt, rows), rows)
+                        for gpt in (policy, self.reference))
+            return dict(old=old, ref=ref, value=self.token_values(self.trained['critic'], rows),
                         log_p=rows.per_answer(old))
 
         found = for_all(lab, batch, of_tokens)
@@ -370,7 +362,7 @@ class PPO(Method):
         renormalized = renormalize_reward(raw if cfg.renormalize_over == 'prompt' else raw.view(1, -1),
                                           cfg.moment_order, cfg.monotone)
 
-        log_ratio = found['old'] - found['start']
+        log_ratio = found['old'] - found['ref']
         reward = -cfg.beta * log_ratio
         reward[torch.tensor(length).cumsum(0) - 1] += renormalized.reward.flatten()
         padded = [pad_sequence(x.split(length), batch_first=True) for x in (reward, found['value'])]
@@ -469,7 +461,7 @@ def step_rows(lab, batch, iteration, update):
     return torch.from_numpy(order[part * size:(part + 1) * size])
 
 
-def write_iteration(lab, selves, iteration, step, batch, facts):
+def write_iteration(lab, iteration, step, batch, facts):
     """iterations/<i>.pt (exact), .json (manifest) and, where answers were sampled, .jsonl; -> sha256 of the first."""
     out = Path(lab.cfg.out_dir)
     steps = [int(path.stem.removeprefix('ckpt_')) for path in checkpoints(out)]
@@ -496,8 +488,8 @@ def write_iteration(lab, selves, iteration, step, batch, facts):
         write_whole(path.with_suffix('.jsonl'), ''.join(lines))
     write_whole(path.with_suffix('.json'), json.dumps(dict(
         iteration=iteration, method=lab.cfg.method, seed=lab.cfg.seed, step=step, batch_sha256=digest,
-        generators={name: selves.hashes.get(t) for t, name in names.items()}, start=selves.hashes[0], facts=facts,
-        prompt_ids=prompt_ids), indent=1))
+        generators={name: lab.selves.hashes.get(t) for t, name in names.items()}, start=lab.selves.hashes[0],
+        facts=facts, prompt_ids=prompt_ids), indent=1))
     return digest
 
 
@@ -516,28 +508,24 @@ def main(cfg):
     machine = setup(cfg.device, cfg.dtype, cfg.compile)
     machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where they are missing
     data = prepare_shp.open_dataset(cfg)
-    lab, start, selves = open_lab(cfg, machine, data)
-    method = METHODS[cfg.method](lab, start, selves)
+    lab = open_lab(cfg, machine, data)
+    cfg, per_iteration = lab.cfg, updates_per_iteration(lab)
+    method = METHODS[cfg.method](lab)
     for module in (*method.trained.values(), *method.frozen.values()):
         module.to(machine.device)
-    per_iteration = updates_per_iteration(lab)
-    cfg = replace(lab.cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * per_iteration))
-    method.lab = lab = lab._replace(cfg=cfg)
-    if cfg.warmup_iters >= cfg.max_iters:
-        machine.print(f'note: the run of {cfg.max_iters} updates ends inside its warm-up of {cfg.warmup_iters}; use a '
-                      'smaller --warmup_iters')
-
     optimizers = [torch.optim.AdamW(decay_groups(method.trained.values(), cfg), lr=cfg.learning_rate, fused=True)]
     updates = Updates(optimizers, list(method.trained.values()), cfg, machine)
-    method.wrapped = {name: torch.compile(module, dynamic=True) if machine.compile else module
-                      for name, module in method.trained.items()}
-    if machine.world_size > 1:
-        method.wrapped = {name: DistributedDataParallel(module, gradient_as_bucket_view=True)
-                          for name, module in method.wrapped.items()}
-    described = dict(describe(cfg, machine, next(iter(method.trained.values())).config, data, optimizers,
-                              **what_stays(cfg, method)),
-                     **{f'{name}_config': vars(module.config) for name, module in list(method.trained.items())[1:]})
-    step, tokens, sampled_tokens, seconds, best, evaluated, ended, facts = 0, 0, 0, 0.0, -math.inf, -1, False, {}
+    for name, module in method.trained.items():
+        module = torch.compile(module, dynamic=True) if machine.compile else module
+        if machine.world_size > 1:
+            module = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        method.wrapped[name] = module
+
+    configs = {f'{name}_config': vars(module.config) for name, module in method.trained.items()}
+    described = dict(configs, **describe(cfg, machine, next(iter(method.trained.values())).config, data, optimizers,
+                                         **what_stays(lab, method)))
+    at = SimpleNamespace(step=0, tokens=0, sampled_tokens=0, seconds=0.0, best=-math.inf, evaluated=-1, ended=False,
+                         facts={}, digest='')
     with open_run(cfg, machine) as state, lab.stop as stop:
         if state is not None:
             with restoring(cfg):
@@ -546,63 +534,63 @@ def main(cfg):
                     module.load_state_dict(state[name])
                 updates.load_state_dict(state)
                 method.load_state_dict(state['method'])
-                step, tokens, sampled_tokens, seconds, best, evaluated, ended, facts, digest, selves.hashes = (
-                    state[name] for name in ('step', 'tokens', 'sampled_tokens', 'seconds', 'best', 'evaluated',
-                                             'ended', 'facts', 'batch_sha256', 'selves'))
-            if step % per_iteration:
-                batch = read_iteration(lab, step // per_iteration, digest)
+                vars(at).update(state['loop'])
+                lab.selves.hashes = state['selves']
+            if at.step % per_iteration:
+                batch = read_iteration(lab, at.step // per_iteration, at.digest)
             del state
-        machine.on_rank_0(lambda: start_files(cfg, step))
-        machine.on_rank_0(lambda: start_folders(cfg, step, start))
-        metrics, samples_log = Metrics(cfg, machine, step), Metrics(cfg, machine, step, 'samples.jsonl')
-        start_model = selves.model(0, machine.device)         # refuses another one than that of the run
-        evaluation = Evaluation(lab, method, method.trained.get('model') or start_model, start_model, samples_log)
+        machine.on_rank_0(lambda: start_files(cfg, at.step))
+        machine.on_rank_0(lambda: start_folders(lab, at.step))
+        metrics, samples_log = Metrics(cfg, machine, at.step), Metrics(cfg, machine, at.step, 'samples.jsonl')
+        evaluation = Evaluation(lab, method, samples_log)
         machine.print(f'{cfg.method}: ' +
                       ', '.join(f'{name} of {sum(p.numel() for p in module.parameters()):,} parameters'
                                 for name, module in {**method.trained, **method.frozen}.items()) +
                       f'\n{cfg.iterations} iteration(s) of {iteration_size(lab):,} prompts, each with '
                       f'{per_iteration} updates on {cfg.groups_per_step} prompts: {cfg.max_iters:,} updates')
+        start_time, saved_step = time.perf_counter() - at.seconds, at.step or None
 
-        def weights():
-            return dict(described, step=step, tokens=tokens,
-                        **{name: module.state_dict() for name, module in method.trained.items()})
+        def save(name=None, **more):
+            state = dict(described, step=at.step, tokens=at.tokens, **more,
+                         **{name: module.state_dict() for name, module in method.trained.items()})
+            machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state, name))  # all wait until the file is whole
 
         def save_state():
+            at.seconds = time.perf_counter() - start_time
             # a resume at step 0 evaluates again, for it cuts metrics.jsonl there
-            state = dict(weights(), seconds=time.perf_counter() - start_time, best=best, ended=ended, facts=facts,
-                         evaluated=evaluated if step else -1, sampled_tokens=sampled_tokens, selves=selves.hashes,
-                         method=method.state_dict(), batch_sha256=digest if step % per_iteration else '',
-                         **updates.state_dict())
-            machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state))  # all wait until the file is whole
+            save(loop=dict(vars(at), evaluated=at.evaluated if at.step else -1), selves=lab.selves.hashes,
+                 method=method.state_dict(), **updates.state_dict())
 
-        start_time, saved_step = time.perf_counter() - seconds, step or None
-        last_line = tokens + sampled_tokens, step, time.perf_counter()
-        with contextlib.suppress(Stopped):
+        last_line = at.tokens + at.sampled_tokens, at.step, time.perf_counter()  # of the log
+        with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
             while True:
-                done = ended or step >= cfg.max_iters
-                if done and evaluated < step or step // cfg.eval_interval > evaluated // cfg.eval_interval:
-                    if step and step != saved_step:
+                done = at.ended or at.step >= cfg.max_iters
+                # a method may skip steps, so that a multiple of eval_interval is passed and not met
+                if (done and at.evaluated < at.step
+                        or at.step // cfg.eval_interval > at.evaluated // cfg.eval_interval):
+                    if at.step and at.step != saved_step:
                         save_state()
-                        saved_step = step
-                    result, evaluated = evaluation(step), step
-                    metrics.write('eval', step=step, tokens=tokens, sampled_tokens=sampled_tokens,
-                                  seconds=time.perf_counter() - start_time, iteration=step // per_iteration, **result)
-                    machine.print(f'step {step} evaluation: {in_words(result)}')
-                    # the start is never the best; the test split chooses nothing: the latest stays
-                    value = result[method.best] if method.best and cfg.eval_split != 'test' else step
-                    if step and value > best:
-                        best = value
-                        machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, weights(), 'best.pt'))
-                if done or cfg.stop_step and step >= cfg.stop_step:
+                        saved_step = at.step
+                    result, at.evaluated = evaluation(at.step), at.step
+                    metrics.write('eval', step=at.step, iteration=at.step // per_iteration, tokens=at.tokens,
+                                  sampled_tokens=at.sampled_tokens, seconds=time.perf_counter() - start_time, **result)
+                    machine.print(f'step {at.step} evaluation: {in_words(result)}')
+                    # the start is never the best; the test split selects nothing: there best.pt is the latest
+                    value = result[method.best] if method.best and cfg.eval_split != 'test' else at.step
+                    if at.step and value > at.best:
+                        at.best = value
+                        save('best.pt')
+                    last_line = at.tokens + at.sampled_tokens, at.step, time.perf_counter()
+                if done or cfg.stop_step and at.step >= cfg.stop_step:
                     break
 
-                iteration, update = divmod(step, per_iteration)
+                iteration, update = divmod(at.step, per_iteration)
                 if update == 0:
                     since = time.perf_counter()
-                    batch, facts = method.collect(iteration, step)
-                    new_tokens = facts.pop('new_tokens', 0)
-                    sampled_tokens += new_tokens
-                    digest = machine.on_rank_0(lambda: write_iteration(lab, selves, iteration, step, batch, facts))
+                    batch, at.facts = method.collect(iteration, at.step)
+                    new_tokens = at.facts.pop('new_tokens', 0)
+                    at.sampled_tokens += new_tokens
+                    at.digest = machine.on_rank_0(lambda: write_iteration(lab, iteration, at.step, batch, at.facts))
                     machine.print(f'iteration {iteration}: {len(batch["group"]):,} prompts and {new_tokens:,} sampled '
                                   f'tokens, collected in {time.perf_counter() - since:.1f} s')
                 rows = step_rows(lab, batch, iteration, update)
@@ -610,39 +598,40 @@ def main(cfg):
                               tokens=int(batch['answer_length'][rows].sum()),
                               best_tokens=int(batch['answer_length'][rows, 0].sum()))
                 stats = accumulate(method, updates, batch, rows, counts)
-                grad_norm, lr = updates.clip_and_step(step + 1, save_state), cfg.learning_rate * lr_factor(step, cfg)
-                step, tokens = step + 1, tokens + counts['tokens']
+                lr = cfg.learning_rate * lr_factor(at.step, cfg)
+                grad_norm = updates.clip_and_step(at.step + 1, save_state)
+                at.step, at.tokens = at.step + 1, at.tokens + counts['tokens']
                 sums = machine.sum(torch.stack(list(stats.values())).tolist() + stop.flags())
                 stats, signals = dict(zip(stats, sums)), sums[len(stats):]
-                facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
-                if step == 1:
+                at.facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
+                if at.step == 1:
                     machine.print(f'first update: {in_words(stats)}')
-                last = step % per_iteration == 0
-                verdict = method.after_update(dict(iteration=iteration, update=update, step=step, last=last,
+                last = at.step % per_iteration == 0
+                verdict = method.after_update(dict(iteration=iteration, update=update, step=at.step, last=last,
                                                    updates_per_pass=per_iteration // cfg.inner_epochs), stats)
-                ended = verdict == 'end'
+                at.ended = verdict == 'end'
                 if verdict == 'next':
-                    step, last = min((iteration + 1) * per_iteration, cfg.max_iters), True
+                    at.step, last = min((iteration + 1) * per_iteration, cfg.max_iters), True
 
-                if step % cfg.log_interval == 0 or last:
-                    now, total = time.perf_counter(), tokens + sampled_tokens
+                if at.step % cfg.log_interval == 0 or last:
+                    now, total, numbers = time.perf_counter(), at.tokens + at.sampled_tokens, {**at.facts, **stats}
                     speed = (total - last_line[0]) / (now - last_line[2])
-                    left = (cfg.max_iters - step) * (now - last_line[2]) / (step - last_line[1])
-                    metrics.write('train', step=step, tokens=tokens, sampled_tokens=sampled_tokens,
+                    left = (cfg.max_iters - at.step) * (now - last_line[2]) / (at.step - last_line[1])
+                    metrics.write('train', step=at.step, tokens=at.tokens, sampled_tokens=at.sampled_tokens,
                                   seconds=now - start_time, iteration=iteration, grad_norm=grad_norm, lr=lr,
-                                  tokens_per_second=speed, skipped=updates.skipped, **{**facts, **stats})
-                    machine.print(f'step {step}/{cfg.max_iters} {step / cfg.max_iters:.0%} '
-                                  f'{in_words({**facts, **stats})}, norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, '
+                                  tokens_per_second=speed, skipped=updates.skipped, **numbers)
+                    machine.print(f'step {at.step}/{cfg.max_iters} {at.step / cfg.max_iters:.0%} {in_words(numbers)}, '
+                                  f'norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, '
                                   f'ETA {timedelta(seconds=round(left))}')
-                    last_line = total, step, now
+                    last_line = total, at.step, now
                 if any(signals):
                     break
-        if step != saved_step:
+        if at.step != saved_step:
             save_state()
-        done = ended or step >= cfg.max_iters
+        done = at.ended or at.step >= cfg.max_iters
         if machine.rank == 0 and done:
             show_samples(Path(cfg.out_dir))
-        finish(cfg, machine, stop, step, done, time.perf_counter() - start_time)
+        finish(cfg, machine, stop, at.step, done, time.perf_counter() - start_time)
 
 
 def accumulate(method, updates, batch, rows, counts):
@@ -662,48 +651,51 @@ def accumulate(method, updates, batch, rows, counts):
 
 
 def open_lab(cfg, machine, data):
-    """-> Lab, the start's state, Selves. Refuses what does not fit before an earlier run is overwritten."""
+    """-> Lab. Refuses what does not fit before an earlier run is overwritten."""
     if cfg.groups_per_step < machine.world_size:
         raise Refusal(f'groups_per_step={cfg.groups_per_step} prompts are fewer than {machine.world_size} ranks; use '
                       f'--groups_per_step={machine.world_size} or more')
-    cfg = replace(cfg, source=data.meta['source'], columns=tuple(data.meta['columns']))
     encoding = prepare_shp.encoding(data.meta['encoding'])
     if cfg.resume and checkpoints(cfg.out_dir):
         start = crop(load_checkpoint(Path(cfg.out_dir) / 'selves' / '0000.pt'), cfg.block_size, cfg.out_dir)
     else:
         start = open_start(cfg, encoding)
-    block_size = start['model_config']['block_size']
+    block_size, cfg = start['model_config']['block_size'], replace(cfg, source=data.meta['source'],
+                                                                   columns=tuple(data.meta['columns']))
     if cfg.max_new_tokens >= block_size:
         raise Refusal(f'max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in the block of {block_size} '
                       f'tokens of {cfg.init_from}; use fewer')
-    groups = {split: data.groups(split) for split in {'train', cfg.eval_split}}
-    lab = Lab(cfg, machine, encoding, groups, block_size, StopSignal())
-    usable, words = usable_rankings(lab, groups['train'])
-    if words:
-        machine.print(f'note: of {len(groups["train"].prompts):,} training rankings in a block of {block_size} tokens '
-                      f'with max_new_tokens={cfg.max_new_tokens}: {words}')
-    if METHODS[cfg.method].ranks_data:  # the others take one answer of the data, or none
-        lab = lab._replace(groups=dict(groups, train=usable))
+    lab = Lab(cfg, machine, encoding, {}, block_size, StopSignal(), start, Selves(cfg.out_dir, start))
+    for split in dict.fromkeys(['train', cfg.eval_split]):
+        lab.groups[split], words = usable_rankings(lab, data.groups(split))
+        if words:
+            machine.print(f'note: of the rankings of {split}, in a block of {block_size} tokens with max_new_tokens='
+                          f'{cfg.max_new_tokens}: {words}')
     if start.get('link_order'):
         machine.print(f'note: {cfg.init_from} was trained with T_{start["link_order"]}: its probabilities are '
                       'under-confident by design, and answers are sampled from them as they are')
-    return lab, start, Selves(cfg.out_dir, start)
+    cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * updates_per_iteration(lab)))
+    if cfg.warmup_iters >= cfg.max_iters:
+        machine.print(f'note: the run of {cfg.max_iters} updates ends inside its warm-up of {cfg.warmup_iters}; use a '
+                      'smaller --warmup_iters')
+    return lab._replace(cfg=cfg)
 
 
-def what_stays(cfg, method):
+def what_stays(lab, method):
     """What must not change between a run and its resume, beside the model and the data."""
-    return dict(method=cfg.method, init_from=str(Path(cfg.init_from)), groups_per_iteration=cfg.groups_per_iteration,
-                groups_per_step=cfg.groups_per_step, inner_epochs=cfg.inner_epochs,
+    names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs'
+    return dict({name: getattr(lab.cfg, name) for name in names}, init_from=str(Path(lab.cfg.init_from)),
+                start=lab.selves.hashes[0][:12],
                 **{name: weights_hash(module.state_dict())[:12] for name, module in method.frozen.items()})
 
 
-def start_folders(cfg, step, start):
+def start_folders(lab, step):
     """iterations/ and selves/, on rank 0; a new run finds them empty and keeps pi_0."""
-    iterations, selves = (Path(cfg.out_dir) / name for name in ('iterations', 'selves'))
+    iterations, selves = (Path(lab.cfg.out_dir) / name for name in ('iterations', 'selves'))
     for folder in (iterations, selves):
         folder.mkdir(exist_ok=True)
     if step == 0:
-        kept = save_checkpoint(selves, dict(start, step=0), '0000.pt')
+        kept = save_checkpoint(selves, dict(lab.start, step=0), '0000.pt')
         for path in (*iterations.glob(NUMBERED), *selves.glob(NUMBERED)):
             if path != kept:
                 path.unlink()

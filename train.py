@@ -61,9 +61,9 @@ class Config(RunConfig):
 def evaluate(model, documents, rows, cfg, machine, order, stop):
     """Metrics over the sequences `rows` of a split, shared among ranks; None after a signal.
 
-    For p, and for order n >= 1 for link_n(p) too: val_ce, cross-entropy in nats per token; val_ece, expected calibration
-    error; val_entropy_wrong, mean entropy where the likeliest token is wrong. val_accuracy is top-1. Under split='row',
-    val_ce_leaked is of documents identical to a training document, val_ce_clean of the others.
+    For p, and for order n >= 1 for link_n(p) too: val_ce, cross-entropy in nats per token; val_ece, expected
+    calibration error; val_entropy_wrong, mean entropy where the likeliest token is wrong. val_accuracy is top-1. Under
+    split='row', val_ce_leaked is of documents identical to a training document, val_ce_clean of the others.
     """
     names = ['', '_link'] if order else ['']
     found = {what + name: [torch.zeros(0)] for name in names for what in ('ce', 'confidence', 'entropy')}

@@ -538,8 +538,8 @@ def test_another_optimizer_resumes_bit_for_bit(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize('kind', ['dpo', 'reward'])
 def test_a_nan_in_a_preference_evaluation_chooses_no_best(tmp_path, monkeypatch, kind):
     """Scores and rewards that are not finite: no best.pt, and the reward's offset stays finite."""
-    judge, rewards = preference.RankingMethod.judge, evaluate.rewards
-    monkeypatch.setattr(preference.RankingMethod, 'judge', lambda self, rows: {
+    judge, rewards = preference.Method.judge, evaluate.rewards
+    monkeypatch.setattr(preference.Method, 'judge', lambda self, rows: {
         name: value * math.nan for name, value in judge(self, rows).items()})
     monkeypatch.setattr(evaluate, 'rewards', lambda *args: rewards(*args) * math.nan)
     preference.main(config(kind, tmp_path / 'run', iterations=1))

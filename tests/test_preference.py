@@ -113,12 +113,12 @@ def a_run(tmp_path, method, **changes):
     """Lab and method as main makes them, at step 0, for the functions that take one."""
     cfg = config(tmp_path / 'run', method, **changes)
     data = prepare_shp.open_dataset(cfg)
-    lab, start, selves = preference.open_lab(cfg, runs.setup('cpu'), data)
+    lab = preference.open_lab(cfg, runs.setup('cpu'), data)
     lab = lab._replace(groups={split: data.groups(split) for split in ('train', 'val', 'test')} | lab.groups)
-    made = preference.METHODS[method](lab, start, selves)
+    made = preference.METHODS[method](lab)
     made.wrapped = made.trained
-    selves.folder.mkdir(parents=True)
-    save_checkpoint(selves.folder, dict(start, step=0), '0000.pt')
+    (tmp_path / 'run').mkdir()
+    preference.start_folders(lab, 0)
     return lab, made
 
 
@@ -128,7 +128,9 @@ def the_start():
 
 def an_evaluation(lab, method, policy):
     log = SimpleNamespace(lines=[], write=lambda event, **line: log.lines.append(line))
-    return evaluate.Evaluation(lab, method, policy, the_start(), log)
+    found = evaluate.Evaluation(lab, method, log)
+    found.policy = policy
+    return found
 
 
 @torch.no_grad()
@@ -234,11 +236,15 @@ def test_a_long_answer_takes_nothing_from_the_others(tmp_path, capsys):
                      'left out, 1 rankings keep one answer and are dropped')
     assert usable.scores.tolist() == [0, 2, 3, 5, 9, 10] and usable.ids.tolist() == ['post0', 'post1', 'post3']
     assert usable.first.tolist() == [0, 2, 4, 6] and answers.usable_rankings(lab, usable)[1].startswith('1 prompts')
-    lab.groups['val'] = data
+    made = SimpleNamespace(groups=lambda split: data, meta=prepare_shp.open_dataset(lab.cfg).meta)
+    lab.groups['val'] = preference.open_lab(lab.cfg, lab.machine, made).groups['val']
+    printed = capsys.readouterr().out
+    for split in ('train', 'val'):
+        assert f'note: of the rankings of {split}, in a block of 80 tokens with max_new_tokens=20: {words}' in printed
     held = an_evaluation(lab, method, None).held
-    assert 'note: of 4 held-out rankings' in (out := capsys.readouterr().out) and words in out
     assert sorted(held['answer_length'].tolist()) == [[2, 2], [20, 2], [50, 50]]
     assert sorted(held['prompt_length'].tolist()) == [30, 30, 60]
+
 
 @pytest.mark.parametrize('rank_order', [0, 1, 2])
 @pytest.mark.parametrize('token_order', [0, 1, 2])
@@ -320,11 +326,11 @@ def test_generator_reference_and_template_are_one_and_the_same(tmp_path, token_o
         assert facts['new_tokens'] == batch['answer_length'][:, 1:].sum()
         shake(method.trained['model'], scale=0.05)
     assert 0 < ended < batch['answer_length'].numel()
-    hashes = method.selves.hashes
+    hashes = method.lab.selves.hashes
     assert list(hashes.values()) == [answers.weights_hash(model.state_dict()) for model in selves.values()]
     hashes[1] = hashes[0]
     with pytest.raises(Refusal, match='0001.pt is not the pi_1 of this run'):
-        method.selves.model(1, 'cpu')
+        method.lab.selves.model(1, 'cpu')
 
 
 @pytest.mark.parametrize('options, expected', [
@@ -546,7 +552,7 @@ def test_two_ranks_with_untied_heads_and_one_prompt_to_evaluate(tmp_path):
 
 
 @pytest.mark.parametrize('where, name, call', [(preference, 'sample', 1), (preference, 'sample', 3), (
-    evaluate.Evaluation, 'rankings', 3), (preference.RankingMethod, 'loss', 3)])
+    evaluate.Evaluation, 'rankings', 3), (preference.Method, 'loss', 3)])
 def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, monkeypatch, where, name, call):
     """SIGTERM in a collection, the first too, in an evaluation and in an update."""
     cfg, sound, calls = config(tmp_path, 'spin', micro_groups=3), getattr(where, name), []
