@@ -27,12 +27,12 @@ import torch.nn.functional as F
 
 import prepare_shp
 from answers import Lab, make_batch
-from configurator import Refusal, at_least, run
+from configurator import Options, Refusal, run
 from losses import linear_loss, plackett_luce_loss, rows_with_targets, taylor_loss
 from model import GPT, GPTConfig
 from preference import DPO, accumulate
 from preference import Config as PreferenceConfig
-from runs import Updates, decay_groups, matmul_peak, setup, synchronize, write_whole
+from runs import DEVICES, Updates, decay_groups, matmul_peak, setup, synchronize, write_whole
 from train import Config as TrainConfig
 
 VOCABULARY = prepare_shp.VOCABULARIES['gpt2']
@@ -41,7 +41,7 @@ T_2 = partial(taylor_loss, n=2)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     parts: tuple[str, ...] = ('head', 'step', 'preference', 'generate')
     n_embd: tuple[int, ...] = (64, 1024)  # channels of the models of head and step
     n_layer: int = 1                      # layers of the model of step
@@ -56,11 +56,14 @@ class Config:
     device: str = 'auto'                  # cpu, cuda or mps; auto = the best available
     out_dir: str = 'out/bench'            # folder of bench.jsonl
 
+    choices = dict(device=DEVICES)
+    lowest = dict(n_layer=1, n_head=1, batch_size=1, block_size=1, groups=1, repeats=1)
+
     def check(self):
+        yield from super().check()
         for part in self.parts:
             if part not in PARTS:
                 yield f"parts: '{part}' is not one of {', '.join(PARTS)}"
-        yield from at_least(self, 1, 'n_layer', 'n_head', 'batch_size', 'block_size', 'groups', 'repeats')
 
 
 # Contenders: part(cfg, machine, size) -> {name: make}, make() -> one call to be timed ---------------------------------

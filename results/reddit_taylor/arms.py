@@ -54,10 +54,10 @@ ARMS = {loss.__name__: loss for loss in (taylor_ce, focal, dft, label_smoothing)
 class Config(train.Config):
     arm: str = ''  # taylor_ce, focal, dft or label_smoothing
 
+    choices = dict(arm=tuple(ARMS))
+
     def check(self):
         yield from super().check()
-        if self.arm not in ARMS:
-            yield f"arm='{self.arm}' is not one of {', '.join(ARMS)}"
         if self.taylor_order:
             yield 'an arm takes the place of T_n; use taylor_order=0'
 
