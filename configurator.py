@@ -195,7 +195,7 @@ def header(path):
 def help_text(Config):
     """The script's docstring, its options by the file whose class declares them, its config files."""
     kinds, default, lines = get_type_hints(Config), Config(), [inspect.getdoc(sys.modules[Config.__module__])]
-    for cls in Config.__mro__[:-1]:
+    for cls in [cls for cls in Config.__mro__ if inspect.get_annotations(cls)]:
         lines += ['', f'Options of {Path(inspect.getfile(cls)).name}:']
         notes = dict(re.findall(r'^ +(\w+): .*# (.*)', inspect.getsource(cls), re.M))
         for key in [key for key in inspect.get_annotations(cls) if key in kinds]:  # the others were overridden
@@ -204,5 +204,6 @@ def help_text(Config):
             lines.append(f'  {f"--{key}={shlex.quote(text)}":<31} {kind:<17} {notes.get(key, "")}')
     paths = sorted(Path().glob('config/*.py')) or sorted(HERE.glob('config/*.py'))
     found = [(f'config/{path.name}', *header(path)) for path in paths]
-    lines += ['', 'Config files:', *[f'  {name:<28} {about}' for name, about, script in found if script == SCRIPT]]
+    found = [f'  {name:<28} {about}' for name, about, script in found if script == SCRIPT]
+    lines += ['', 'Config files:', *found] if found else []
     return '\n'.join(map(str.rstrip, lines))
