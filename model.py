@@ -232,7 +232,7 @@ class ScalarHead(nn.Module):
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0):
     """Inverse-CDF sampling: logits (B, V), uniform (B,) in [0, 1) -> ids (B,). An id with logit -inf never comes."""
-    if temperature == 0:
+    if temperature < 1e-9:  # the likeliest token; smaller numbers would overflow
         return logits.argmax(-1)
     logits = logits if temperature == 1 else logits / temperature
     if top_k and top_k < logits.shape[-1]:
