@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -381,6 +382,8 @@ def _read_file(cfg, name, short, lines):
         else:
             records.append(record)
             dropped.update(reasons)
+            if cfg.min_score_ratio > 1 and worst <= 0:
+                count['of the kept have a score of 0 or less, to which no min_score_ratio applies'] += 1
     if sum(bad.values()) > cfg.max_bad_fraction * count['read']:
         raise Refusal(f'{name}: {sum(bad.values())} of {count["read"]} rows are unusable, more than '
                       f'max_bad_fraction={cfg.max_bad_fraction} allows; {example}; in all: {counted(bad)}; its '
@@ -609,10 +612,10 @@ def open_dataset(cfg):
 
     Raises Refusal where the data are missing, were made with other options than cfg's, or are damaged.
     """
-    folder, again = _folder(cfg), _command(cfg)
+    folder = _folder(cfg)
     if not folder.exists():
         if cfg.source != 'toy':
-            raise Refusal(f'{folder} is missing; make it with: {again}')
+            raise Refusal(f'{folder} is missing; make it with: {_command(cfg)}')
         print(f'making the toy data in {folder}')
         try:
             prepare(replace(cfg, overwrite=False))
@@ -629,6 +632,8 @@ def open_dataset(cfg):
             wanted['columns'] = list(cfg.columns)
         if not cfg.encoding and cfg.source != 'toy':
             wanted['encoding'] = made['encoding']  # as source and columns, a run need not name it
+        cfg = replace(cfg, columns=tuple(wanted['columns']), encoding=wanted['encoding'],
+                      source=made['source'] if cfg.source == 'hub' else cfg.source)
         differ = [f'{name}={made[name]} (asked for: {value})' for name, value in wanted.items() if made[name] != value]
         if (meta['encoding'], meta['vocab_size']) != (made['encoding'], VOCABULARIES[made['encoding']]):
             raise ValueError('the encoding of meta.json is not that of its options')
@@ -636,10 +641,10 @@ def open_dataset(cfg):
         if damaged or len(meta['sha256']) != len(SPLITS) * (len(DOCUMENT_FILES) + 1):
             raise ValueError(f"{', '.join(damaged)} differ from the sha256 in meta.json")
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise Refusal(f'{folder} is damaged: {error}; make it anew: {again} --overwrite=True')
+        raise Refusal(f'{folder} is damaged: {error}; make it anew: {_command(cfg)} --overwrite=True')
     if differ:
         raise Refusal(f"{folder} was made with {', '.join(differ)}; ask for the same, choose another --dataset=NAME, "
-                      f'or make it anew: {again} --overwrite=True')
+                      f'or make it anew: {_command(cfg)} --overwrite=True')
     return Dataset(folder, meta, hashlib.sha256(json.dumps(meta['sha256'], sort_keys=True).encode()).hexdigest())
 
 
@@ -649,8 +654,9 @@ def _command(cfg):
              if getattr(cfg, field.name) != field.default and field.name != 'overwrite'}
     if cfg.dataset not in ('', 'shp') and cfg.source == 'hub':
         given['source'] = 'DIR_OR_FILES'  # a run need not name it
-    return ' '.join(['python prepare_shp.py', *(f"--{name}={','.join(value) if isinstance(value, tuple) else value}"
-                                                for name, value in given.items())])
+    return ' '.join(['python prepare_shp.py', *(
+        f"--{name}={shlex.quote(','.join(value) if isinstance(value, tuple) else str(value))}"
+        for name, value in given.items())])
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
