@@ -117,6 +117,8 @@ def configure(Config, argv=None):
             elif (was := json.dumps(before[key])) != (now := json.dumps(values[key])):
                 changed.append(f'changed on resume: {key} {was} -> {now}')
         cfg = Config(**values)
+    elif getattr(cfg, 'resume', False) and given <= set(NOT_RESUMED):
+        errors.append(f'there is no run to resume in {cfg.out_dir}; name its folder with --out_dir=DIR')
     object.__setattr__(cfg, 'given', given)
     errors += cfg.check() if hasattr(cfg, 'check') else []  # a value that was refused above is at its default
     if errors:
