@@ -10,7 +10,7 @@ Letters: G prompts, K answers a prompt, M answer tokens in all, B = G rows of T 
     generator (G, K)                  who wrote the answer: DATA, TEACHER, or t for pi_t
     log_p (G, K)                      spin, distill, ppo: log pi(y|x) under the self that wrote y
     ref_log_p (G, K)                  dpo, spin, distill: log pi_ref(y|x), or what token_order puts in its place
-    reward (G, K)                     ppo: the reward model's, before it is renormalised
+    reward (G, K)                     ppo: the reward model's, less missing_eot_penalty, before it is renormalised
     old_log_p, value, returns, advantage (M,)    ppo: of each answer token
 
 A tensor has a row for each prompt or one for each answer token; memory follows the number of tokens.

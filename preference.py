@@ -39,7 +39,7 @@ from model import ScalarHead
 from prepare_shp import pick_groups
 from runs import (NUMBERED, Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, crop, decay_groups,
                   describe, finish, load_checkpoint, load_run, lr_factor, open_run, open_start, restoring,
-                  save_checkpoint, setup, start_files, write_whole)
+                  run_notes, save_checkpoint, setup, start_files, write_whole)
 
 MARGIN_GROUPS = 512  # prompts over which the margin of data over self is compared with its standard error
 
@@ -100,6 +100,10 @@ class Config(RunConfig):
             yield f"method='{self.method}' is not one of {', '.join(METHODS)}"
         if self.max_answers == 1:
             yield 'max_answers=1 leaves nothing to rank; use 2 or more, or 0 for all'
+        if not self.beta and self.method in ('dpo', 'spin', 'distill'):
+            yield f'beta=0 makes all scores of method={self.method} equal, so that nothing is learned; use a larger one'
+        if 'sft_order' in self.given and self.sft_order and not self.sft_weight:
+            yield 'sft_order has no effect without sft_weight; set it too, or leave sft_order out'
         if self.anchor_first and self.opponents < 2:
             yield 'anchor_first=True needs two opponents or more: with one, the only opponent would stay pi_0'
         if self.moment_order == 3 and self.renormalize_over == 'prompt' and self.answers_per_prompt < 4:
@@ -419,8 +423,7 @@ __doc__ += '\nMethods:\n' + ''.join(  # for --help
 def frozen_reward_model(lab):
     cfg, state = lab.cfg, load_run(lab.cfg, 'reward_model', lab.encoding)
     if 'reward_model' not in state:
-        raise Refusal(f'reward_model={cfg.reward_model} is no reward model; make one with: '
-                      'python preference.py config/toy_reward.py')
+        raise Refusal(f'reward_model={cfg.reward_model} is no reward model; name the folder of a run of method=reward')
     scorer, block = make_scorer(state).requires_grad_(False), state['model_config']['block_size']
     if not scorer.head.weight.any():
         raise Refusal(f'reward_model={cfg.reward_model} is untrained: it gives 0 to every answer; continue it with '
@@ -442,6 +445,9 @@ def open_teacher(lab):
 def iteration_size(lab):
     """Prompts of an iteration: cfg's number, or as many whole updates as one pass over the data fills."""
     cfg, rankings = lab.cfg, len(lab.groups['train'].prompts)
+    if not rankings:
+        raise Refusal(f'no ranking has two answers that differ within the block of {lab.block_size} tokens; use a '
+                      'start with a larger block')
     count = cfg.groups_per_iteration or rankings // cfg.groups_per_step * cfg.groups_per_step
     if not count:
         raise Refusal(f'the data hold {rankings} rankings, fewer than groups_per_step={cfg.groups_per_step}; use a '
@@ -664,7 +670,7 @@ def open_lab(cfg, machine, data):
                                                                    columns=tuple(data.meta['columns']))
     if cfg.max_new_tokens >= block_size:
         raise Refusal(f'max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in the block of {block_size} '
-                      f'tokens of {cfg.init_from}; use fewer')
+                      f'tokens of {cfg.init_from}; use --max_new_tokens={block_size // 2} or less')
     lab = Lab(cfg, machine, encoding, {}, block_size, StopSignal(), start, Selves(cfg.out_dir, start))
     for split in dict.fromkeys(['train', cfg.eval_split]):
         lab.groups[split], words = usable_rankings(lab, data.groups(split))
@@ -675,9 +681,10 @@ def open_lab(cfg, machine, data):
         machine.print(f'note: {cfg.init_from} was trained with T_{start["link_order"]}: its probabilities are '
                       'under-confident by design, and answers are sampled from them as they are')
     cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * updates_per_iteration(lab)))
-    if cfg.warmup_iters >= cfg.max_iters:
-        machine.print(f'note: the run of {cfg.max_iters} updates ends inside its warm-up of {cfg.warmup_iters}; use a '
-                      'smaller --warmup_iters')
+    if lab.cfg.max_iters > cfg.max_iters:
+        machine.print(f'note: max_iters={lab.cfg.max_iters}, but iterations={cfg.iterations} end after {cfg.max_iters}')
+    for note in run_notes(cfg):
+        machine.print(f'note: {note}')
     return lab._replace(cfg=cfg)
 
 

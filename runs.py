@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 import prepare_shp
-from configurator import Refusal
+from configurator import Refusal, header
 
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 DTYPES = 'auto', 'float32', 'bfloat16', 'float16'
@@ -508,7 +508,9 @@ def load_checkpoint(where, name=None):
     where = Path(where)
     paths = [where] if where.is_file() else [where / name] if name else checkpoints(where)[::-1]
     if not paths or not paths[0].exists():
-        raise Refusal(f'there is no checkpoint {name or "ckpt_*.pt"} in {where}; train one with --out_dir={where}')
+        config = Path(f'config/{where.name}.py')
+        hint = f'make one with: python {header(config)[1]} {config}' if config.is_file() else 'name the folder of a run'
+        raise Refusal(f'there is no checkpoint {name or "ckpt_*.pt"} in {where}; {hint}')
     for path in paths:
         problem = _damage(path)
         if not problem:
@@ -563,14 +565,14 @@ def load_run(cfg, option, encoding):
             raise Refusal(f"{option}={folder} was trained on {state['encoding']} tokens, and the data are in "
                           f'{encoding.name}; train it on data of the same --encoding')
         return state
-    config, script = f'config/{where.name}.py', 'preference.py' if option == 'reward_model' else 'train.py'
-    if Path(config).is_file():
-        command = f'python {script} {config}'
+    config = Path(f'config/{where.name}.py')
+    if config.is_file():
+        command = f'python {header(config)[1]} {config}'
     else:
-        command = f'python {script} --out_dir={where}' + ''.join(
+        command = f'python {"preference.py" if option == "reward_model" else "train.py"} --out_dir={where}' + ''.join(
             f' --{name}={getattr(cfg, name)}' for name in ('dataset', 'source', 'encoding') if getattr(cfg, name))
         if option == 'reward_model':
-            command += f' --method=reward --init_from={cfg.init_from}'
+            command += f' --method=reward --init_from={cfg.init_from} --max_new_tokens={cfg.max_new_tokens}'
     raise Refusal(f'{option}={folder or repr("")} holds no checkpoint; make one with: {command}, or name the folder of '
                   f'another run with --{option}=DIR')
 
@@ -623,6 +625,16 @@ def lr_factor(step, cfg):
     done = min((step - cfg.warmup_iters) / max(cfg.max_iters - cfg.warmup_iters, 1), 1.0)
     lowest = min(cfg.min_lr / cfg.learning_rate, 1.0) if cfg.learning_rate else 1.0
     return lowest + (1 - lowest) * (1 + math.cos(math.pi * done)) / 2
+
+
+def run_notes(cfg):
+    """What may make a run mean something else than its options seem to say: a sentence each."""
+    if cfg.eval_split != 'val':
+        yield f'evaluations read the {cfg.eval_split} split, those of val_ce and best.pt too'
+    if cfg.warmup_iters >= cfg.max_iters:
+        yield f'all {cfg.max_iters} steps are inside the warm-up of {cfg.warmup_iters}; use a smaller --warmup_iters'
+    if cfg.min_lr > cfg.learning_rate:
+        yield f'learning_rate={cfg.learning_rate} stays constant after warm-up, for min_lr={cfg.min_lr} is above it'
 
 
 def decay_groups(modules, cfg):

@@ -20,9 +20,8 @@ from losses import (ECE_BINS, calibration_gaps, linear_loss, link_order, loss_na
                     taylor_link, taylor_loss)
 from model import GPT, GPTConfig
 from runs import (Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, decay_groups, describe,
-                  example_prompt, finish,
-                  load_checkpoint, lr_factor, matmul_peak, open_run, open_start, restoring, save_checkpoint,
-                  seed_everything, setup, start_files)
+                  example_prompt, finish, load_checkpoint, lr_factor, matmul_peak, open_run, open_start, restoring,
+                  run_notes, save_checkpoint, seed_everything, setup, start_files)
 
 SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'tie_weights'  # of a model, beside block_size and dropout
 
@@ -55,6 +54,8 @@ class Config(RunConfig):
             yield f'dropout={self.dropout} drops everything; it is a probability below 1'
         if self.n_head >= 1 and self.n_embd % self.n_head:
             yield f'n_embd={self.n_embd} does not divide by n_head={self.n_head}; pick a multiple of {self.n_head}'
+        if self.epochs and {'epochs', 'max_iters'} <= self.given:
+            yield f'max_iters has no effect beside epochs={self.epochs}; leave it out, or add --epochs=0'
 
 
 @torch.no_grad()
@@ -158,12 +159,13 @@ def main(cfg, loss_of=None):
         def save_state():
             save(seconds=time.perf_counter() - start_time, best=best, **updates.state_dict())
 
-        last_line = step, tokens, time.perf_counter()         # of the log, for the speed since
+        last_line, evaluating = (step, tokens, time.perf_counter()), 0.0  # for the speed since then, and for ETA
         while True:
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 if step and step != saved_step:
                     save_state()
                     saved_step = step
+                since = time.perf_counter()
                 if (result := evaluate(model, held_out, eval_rows, cfg, machine, order, stop)) is not None:
                     metrics.write('eval', step=step, tokens=tokens, seconds=time.perf_counter() - start_time, **result)
                     machine.print(f'step {step} evaluation: ' + ', '.join(f'{k} {v:.4f}' for k, v in result.items()) +
@@ -176,6 +178,7 @@ def main(cfg, loss_of=None):
                         best = result['val_ce']
                         save('best.pt', val_ce=best)
                 last_line = step, tokens, time.perf_counter()
+                evaluating = last_line[2] - since
             if cfg.probe_interval and step % cfg.probe_interval == 0:
                 if (result := evaluate(model, held_out, probe_rows, cfg, machine, 0, stop)) is not None:
                     metrics.write('probe', step=step, tokens=tokens, probe_ce=result['val_ce'])
@@ -201,14 +204,15 @@ def main(cfg, loss_of=None):
             grad_norm = updates.clip_and_step(step + 1, save_state)
             step, tokens = step + 1, tokens + int(count)
 
-            if step % cfg.log_interval == 0 or step == cfg.max_iters:
+            if step % cfg.log_interval == 0 or step in (1, cfg.max_iters):
                 log_p = torch.cat(log_ps)
                 value, slope = slope_of(loss_of, log_p)       # the mean |slope| is q^n for T_n
                 sums = torch.stack([value.sum(), -log_p.sum(), slope.abs().sum()]).tolist()
                 loss, ce, weight = (total / max(count, 1) for total in machine.sum(sums))
                 now = time.perf_counter()
                 speed = (tokens - last_line[1]) / (now - last_line[2])
-                left = timedelta(seconds=round((cfg.max_iters - step) * (now - last_line[2]) / (step - last_line[0])))
+                left = (cfg.max_iters - step) * (now - last_line[2]) / (step - last_line[0])
+                left += math.ceil((cfg.max_iters - step) / cfg.eval_interval) * evaluating
                 mfu = speed * model.flops_per_token(cfg.block_size) / peak
                 lr = cfg.learning_rate * lr_factor(step - 1, cfg)
                 metrics.write('train', step=step, tokens=tokens, seconds=now - start_time, train_loss=loss, train_ce=ce,
@@ -216,7 +220,7 @@ def main(cfg, loss_of=None):
                               skipped=updates.skipped)
                 machine.print(f'step {step}/{cfg.max_iters} {step / cfg.max_iters:.0%} loss {loss:.4f} ce {ce:.4f} '
                               f'norm {grad_norm:.2f} {speed / 1000:.1f}k tok/s {f"MFU {mfu:.0%} " if mfu else ""}'
-                              f'ETA {left}')
+                              f'ETA {timedelta(seconds=round(left))}')
                 last_line = step, tokens, now
         if step != saved_step:
             save_state()
@@ -255,18 +259,16 @@ def settle(cfg, machine, data):
 def notes(cfg, documents):
     """What may make a run mean something else than its options seem to say: a sentence each."""
     tokens, lengths = len(documents.tokens), np.diff(documents.offsets)
+    if cfg.block_size > (8 if cfg.cut == 'examples' else 64) * lengths.max():
+        raise Refusal(f'block_size={cfg.block_size}, but no document is longer than {lengths.max()} tokens; use '
+                      f'--block_size={lengths.max()}')
     if cfg.cut == 'examples':
-        if cfg.block_size > 8 * lengths.max():
-            raise Refusal(f'block_size={cfg.block_size}, but no document is longer than {lengths.max()} tokens; use '
-                          f'--block_size={lengths.max()}')
         if cut := (lengths > cfg.block_size + 1).mean():
             yield f'{cut:.0%} of the documents are longer than the block, and their end-of-text is never seen'
     if cfg.batch_size * cfg.block_size > tokens:
         yield (f'a step reads {cfg.batch_size} x {cfg.block_size} tokens, more than the {tokens:,} of the training '
                'text; a smaller --batch_size makes steps faster')
-    if cfg.warmup_iters >= cfg.max_iters:
-        yield (f'the run of {cfg.max_iters} steps ends inside its warm-up of {cfg.warmup_iters}; use a smaller '
-               '--warmup_iters')
+    yield from run_notes(cfg)
 
 
 if __name__ == '__main__':
