@@ -322,6 +322,10 @@ class Distillation(SPIN):
     def report(self, evaluation, batch, reward):
         if self.held_out_answers is None:
             self.held_out_answers = self.frozen['teacher'].answers(self.lab, evaluation.asked, 2 ** 31)
+            if missing := self.held_out_answers.count(None):
+                asked = len(evaluation.asked)
+                self.lab.machine.print(f'note: the teacher has answers to {asked - missing} of {asked} held-out '
+                                       'prompts')
         return report_teacher(evaluation, batch, self.held_out_answers, self.scorer)
 
 
@@ -530,8 +534,8 @@ def main(cfg):
     configs = {f'{name}_config': vars(module.config) for name, module in method.trained.items()}
     described = dict(configs, **describe(cfg, machine, next(iter(method.trained.values())).config, data, optimizers,
                                          **what_stays(lab, method)))
-    at = SimpleNamespace(step=0, tokens=0, sampled_tokens=0, seconds=0.0, best=-math.inf, evaluated=-1, ended=False,
-                         facts={}, digest='')
+    at, seconds = SimpleNamespace(step=0, tokens=0, sampled_tokens=0, best=-math.inf, evaluated=-1, ended=False,
+                                  facts={}, digest=''), 0.0
     with open_run(cfg, machine) as state, lab.stop as stop:
         if state is not None:
             with restoring(cfg):
@@ -541,7 +545,7 @@ def main(cfg):
                 updates.load_state_dict(state)
                 method.load_state_dict(state['method'])
                 vars(at).update(state['loop'])
-                lab.selves.hashes = state['selves']
+                seconds, lab.selves.hashes = state['seconds'], state['selves']
             if at.step % per_iteration:
                 batch = read_iteration(lab, at.step // per_iteration, at.digest)
             del state
@@ -554,7 +558,7 @@ def main(cfg):
                                 for name, module in {**method.trained, **method.frozen}.items()) +
                       f'\n{cfg.iterations} iteration(s) of {iteration_size(lab):,} prompts, each with '
                       f'{per_iteration} updates on {cfg.groups_per_step} prompts: {cfg.max_iters:,} updates')
-        start_time, saved_step = time.perf_counter() - at.seconds, at.step or None
+        start_time, saved_step = time.perf_counter() - seconds, at.step or None
 
         def save(name=None, **more):
             state = dict(described, step=at.step, tokens=at.tokens, **more,
@@ -562,10 +566,9 @@ def main(cfg):
             machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state, name))  # all wait until the file is whole
 
         def save_state():
-            at.seconds = time.perf_counter() - start_time
             # a resume at step 0 evaluates again, for it cuts metrics.jsonl there
             save(loop=dict(vars(at), evaluated=at.evaluated if at.step else -1), selves=lab.selves.hashes,
-                 method=method.state_dict(), **updates.state_dict())
+                 seconds=time.perf_counter() - start_time, method=method.state_dict(), **updates.state_dict())
 
         last_line = at.tokens + at.sampled_tokens, at.step, time.perf_counter()  # of the log
         with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
@@ -691,8 +694,7 @@ def open_lab(cfg, machine, data):
 def what_stays(lab, method):
     """What must not change between a run and its resume, beside the model and the data."""
     names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs'
-    return dict({name: getattr(lab.cfg, name) for name in names}, init_from=str(Path(lab.cfg.init_from)),
-                start=lab.selves.hashes[0][:12],
+    return dict({name: getattr(lab.cfg, name) for name in names}, start=lab.selves.hashes[0][:12],
                 **{name: weights_hash(module.state_dict())[:12] for name, module in method.frozen.items()})
 
 

@@ -345,10 +345,10 @@ def example_prompt(data):
 def describe(cfg, machine, model_config, data, optimizers, **fixed):
     """What a checkpoint says of its run: for `check_resume`, and for whoever loads its weights.
 
-    fixed: what must not change between a run and its resume, by name, beside model, data and kinds of optimizers.
+    fixed: what must not change between a run and its resume, by name, beside model, data, start and optimizers.
     """
     return dict(model_config=asdict(model_config), config=asdict(cfg), encoding=data.meta['encoding'],
-                fixed=dict(asdict(model_config), data=data.fingerprint[:12],
+                fixed=dict(asdict(model_config), data=data.fingerprint[:12], init_from=str(Path(cfg.init_from)),
                            optimizers=[type(optimizer).__name__ for optimizer in optimizers], **fixed),
                 machine=dict(ranks=machine.world_size, device=machine.device.type, dtype=str(machine.dtype),
                              compile=machine.compile, torch=str(torch.__version__)))

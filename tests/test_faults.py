@@ -531,7 +531,7 @@ def test_another_optimizer_resumes_bit_for_bit(tmp_path, monkeypatch, name):
     main(replace(cut, resume=True))
     assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
     assert any(load_checkpoint(tmp_path / 'cut')['optimizers'][0]['state'])
-    with pytest.raises(Refusal, match=f'the optimizers are {name}.* in the checkpoint, AdamW here'):
+    with pytest.raises(Refusal, match=f'optimizers is .*{name}.* in the checkpoint, .*AdamW.* here'):
         train.main(replace(cut, resume=True))
 
 

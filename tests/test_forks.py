@@ -70,7 +70,7 @@ def test_another_loss(prepared):
     p = torch.tensor(-lines[1]['train_ce']).exp()  # of a model that is near uniform still
     q = 1 - p
     assert lines[1]['taylor_weight'] == pytest.approx((q ** 2 - 2 * q * p * p.log()).item(), rel=0.05)
-    assert 'there is no link_n' in run(folder, 'sample.py', 1, out_dir='out/whole', link=True, prompt='Hi?')
+    assert 'its probabilities have no link' in run(folder, 'sample.py', 1, out_dir='out/whole', link=True, prompt='Hi?')
     shutil.copy(ROOT / 'train.py', folder)
     assert 'cannot resume: loss is' in run(folder, 'train.py', 1, out_dir='out/whole', resume=True)
 

@@ -66,7 +66,7 @@ def exported(path, gpt=None, **more):
 
 
 def start_from(path, block_size=0):
-    return open_start(types.SimpleNamespace(init_from=str(path), block_size=block_size), BYTES)
+    return open_start(train.Config(init_from=str(path), block_size=block_size), BYTES)
 
 
 # Weights ------------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_the_card_of_a_reward_run_says_how_a_reward_is_read(tmp_path, read):
     trunk, head = answers.make_gpt(start_from(tmp_path / 'out')), safetensors.load_file(
         tmp_path / 'out' / 'scalar_head.safetensors')
     groups = prepare_shp.pick_groups(run.groups['train'], 0, 0, 4)
-    rewards = answers.rewards(run, answers.make_scorer(state), answers.group_batch(groups, 80))
+    rewards = answers.rewards(run, answers.make_scorer(state), answers.make_batch(groups))
     for group, of_group in zip(groups, rewards):
         for answer, reward in zip(group.answers, of_group.tolist()):
             scope = dict(h=trunk(torch.tensor([group.prompt + answer]))[0], head=head, prompt_length=len(group.prompt))
@@ -155,7 +155,7 @@ def test_a_critic_leaves_beside_its_policy(tmp_path):
 
 def test_the_card_tells_the_run_and_how_to_ask(tmp_path, capsys):
     sample.main(sample.Config(out_dir='start', checkpoint='last', export_hf=str(tmp_path / 'out')))
-    assert f'wrote {tmp_path}/out: start, last checkpoint, step 40' in capsys.readouterr().out
+    assert f'start: last checkpoint, step 40\nwrote {tmp_path}/out' in capsys.readouterr().out
     card = (tmp_path / 'out' / 'README.md').read_text()
     last = test_train.metrics('start', 'eval')[-1]
     for text in (f'"val_ce": {last["val_ce"]}', 'pipeline_tag: text-generation', '"cut": "examples"', 'at step 40',
@@ -237,7 +237,7 @@ def test_training_starts_from_it_and_resumes_without_it(tmp_path, foreign, monke
     monkeypatch.setattr(train, 'open_start', None)  # the start may be gone by then
     train.main(train_config(tmp_path / 'cut', resume=True))
     test_train.assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
-    with pytest.raises(Refusal, match='init_from foreign there, start here'):
+    with pytest.raises(Refusal, match='init_from is foreign in the checkpoint, start here'):
         train.main(train_config(tmp_path / 'cut', resume=True, init_from='start'))
 
 
@@ -246,8 +246,6 @@ def test_training_starts_from_a_run_of_ours(tmp_path):
     state, start = load_checkpoint(tmp_path / 'run'), load_checkpoint('start', 'best.pt')
     assert state['model_config'] == dict(start['model_config'], block_size=32, dropout=0.0)
     assert torch.equal(state['model']['transformer.wpe.weight'], start['model']['transformer.wpe.weight'][:32])
-    with pytest.raises(Refusal, match='init_from and out_dir are both start'):
-        train.main(train_config('start', init_from='start/best.pt', overwrite=True))
 
 
 def test_preferences_start_from_it_cropped(tmp_path, foreign):
@@ -330,8 +328,8 @@ def swapped_tokens(out):
     (with_file('other', ''), 'cannot be read .*No such file.* one of model.safetensors'),
     (with_file('model.safetensors', 'junk'), 'model.safetensors cannot be read'),
     (with_file('model.safetensors.index.json', '{"weight_map": {"a": "b.safetensors"}}'), 'b.safetensors cannot be '),
-    (lambda out: (out / 'config.json').write_text('{'), 'config.json cannot be read'),
-    (lambda out: (out / 'config.json').unlink(), 'config.json cannot be read .*No such file'),
+    (lambda out: (out / 'config.json').write_text('{'), 'holds no checkpoint'),
+    (lambda out: (out / 'config.json').unlink(), 'holds no checkpoint'),
     (swapped_tokens, "the tokenizer in .* is not the data's, bytes: 'a' is not its token 97")])
 def test_what_is_no_start_is_refused_by_name(tmp_path, change, words):
     out = exported(tmp_path / 'out')

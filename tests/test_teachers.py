@@ -56,8 +56,8 @@ def named(group):
 
 
 def test_a_run_teaches_by_its_samples(tmp_path):
-    run, _ = a_run(tmp_path, 'distill')
-    batch, _ = preference.collect_distillation(run, 0)
+    run, method = a_run(tmp_path, 'distill')
+    batch, _ = method.collect(0, 0)
     assert batch['generator'][0].tolist() == [answers.DATA, answers.TEACHER, 0]
     picked = pick_groups(run.groups['train'], 0, 0, 8)
     uniform = torch.from_numpy(np.random.default_rng((5, 0, 0, 2 ** 32)).random((8, 20), 'float32'))
@@ -179,8 +179,8 @@ def test_completions_as_tools_write_them(tmp_path, shape, by_post, capsys):
 @pytest.mark.parametrize('answered', [0, 5, None])
 def test_held_out_prompts_get_their_own_answers_or_none(tmp_path, answered, capsys, monkeypatch):
     """With more held-out prompts than train has: an answer belongs to its prompt, and the report is on those alone."""
-    run, _ = a_run(tmp_path, 'distill', eval_samples=30)
-    run.groups = dict(train=run.groups['val'], val=run.groups['train'])
+    run, method = a_run(tmp_path, 'distill', eval_samples=30)
+    run.groups.update(train=run.groups['val'], val=run.groups['train'])
     train, held = distinct(run, 'train'), distinct(run, 'val')
     assert len(held) > len(train)
     known = held[:answered]
@@ -189,19 +189,19 @@ def test_held_out_prompts_get_their_own_answers_or_none(tmp_path, answered, caps
     assert teacher.answers(run, train, 0) == [named(group) for group in train]
     assert teacher.answers(run, held, 0) == [named(group) for group in known] + [None] * (len(held) - len(known))
 
-    batches, run.frozen['teacher'] = [], teacher
+    batches, method.frozen['teacher'], method.scorer = [], teacher, True
     monkeypatch.setattr(evaluate, 'rewards', lambda run, scorer, batch: (
         batches.append(batch) or batch['answer_length'].float()))
-    whole = evaluate.held_out_posts(run)
-    own = answers.group_batch([group._replace(answers=[[*b'own', EOT]]) for group in whole], 80)
-    reports = [evaluate.report_between(run, own, None, None) for _ in range(2)]
+    evaluation = evaluate.Evaluation(run, method, None)
+    whole = evaluation.asked
+    own = answers.make_batch([group._replace(answers=[[*b'own', EOT]]) for group in whole])
+    reports = [method.report(evaluation, own, None) for _ in range(2)]
     asked = [group for group in whole if post(group) in map(post, known)]
     note = f'note: the teacher has answers to {len(asked)} of {len(whole)} held-out prompts'
     assert capsys.readouterr().out.count(note) == int(answered is not None)
     assert bool(reports[0]) == bool(asked) and reports[0] == reports[1] and (asked or not known)
     for batch in batches:
-        assert [batch['answer'][i, 1, :n].tolist() for i, n in enumerate(batch['answer_length'][:, 1])] == [
-            named(group) for group in asked]
+        assert [of_group[1] for of_group in answers.answers_of(batch)] == [named(group) for group in asked]
         assert (batch['answer_length'][:, 2] == 4).all()
 
 
@@ -262,11 +262,8 @@ def test_an_iteration_teaches(tmp_path):
     """What one run sampled, another learns from: one answer a prompt."""
     run, _ = a_run(tmp_path, 'spin', opponents=1)
     picked = [group._replace(answers=[[*b'fine', EOT]] * 2) for group in distinct(run, 'train')]
-    batch = answers.group_batch(picked, 80)
-    shape = batch['answer'].shape
-    batch |= dict(log_p=torch.zeros(shape[:2]), generator=torch.tensor([[answers.DATA, 0]]).expand(shape[:2]))
-    (tmp_path / 'run' / 'iterations').mkdir()
-    preference.write_iteration(run, 0, batch, {})
+    batch = answers.make_batch(picked, [answers.DATA, 0])
+    preference.write_iteration(run, 0, 0, dict(batch, log_p=torch.zeros(len(picked), 2)), {})
     path = tmp_path / 'run' / 'iterations' / '0000.jsonl'
     with pytest.raises(Refusal, match=re.escape(f'({len(picked)} problems)') + ': line 2: a second completion of'):
         ask(run, path, picked)
