@@ -212,7 +212,8 @@ def main(cfg, loss_of=None):
                 now = time.perf_counter()
                 speed = (tokens - last_line[1]) / (now - last_line[2])
                 left = (cfg.max_iters - step) * (now - last_line[2]) / (step - last_line[0])
-                left += math.ceil((cfg.max_iters - step) / cfg.eval_interval) * evaluating
+                evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - (step - 1) // cfg.eval_interval
+                left += evaluations * evaluating
                 mfu = speed * model.flops_per_token(cfg.block_size) / peak
                 lr = cfg.learning_rate * lr_factor(step - 1, cfg)
                 metrics.write('train', step=step, tokens=tokens, seconds=now - start_time, train_loss=loss, train_ce=ce,
