@@ -1,6 +1,6 @@
 """Prompts with their answers through a model: rows of tokens, log-probabilities, rewards, samples, past selves.
 
-Letters: G prompts, K answers a prompt, M answer tokens in all, B = G rows of T tokens. A batch is a dict of tensors:
+Letters: G prompts, K answers a prompt, M answer tokens in all, B rows of T tokens. A batch is a dict of tensors:
 
     prompt (sum of prompt_length,)    ids of all prompts, one after the other
     prompt_length (G,)
@@ -33,6 +33,7 @@ from runs import Machine, RunConfig, StopSignal, load_checkpoint, save_checkpoin
 
 DATA, TEACHER = -1, -2  # who wrote an answer; t >= 0 is pi_t
 MASK_ENTRIES = 2 ** 25  # of attention's masks, that a micro-batch may hold
+ROW_TOKENS = 2048       # beyond which a prompt's next answer begins another row: masks grow with a row's square
 
 
 class Lab(NamedTuple):
@@ -128,7 +129,10 @@ def answers_of(batch):
 
 
 class Rows(NamedTuple):
-    """A batch as rows in which a prompt stands once for all its answers, each answer seeing the prompt and itself."""
+    """A batch as rows in which a prompt stands once for its answers, each answer seeing the prompt and itself.
+
+    A row is a prompt's; where its answers fill more than ROW_TOKENS, several are.
+    """
     idx: torch.Tensor        # (B, T)
     positions: torch.Tensor  # (B, T): of a token in its own text, prompt and one answer
     mask: torch.Tensor       # (B, 1, T, T) bool: what a token sees
@@ -148,28 +152,30 @@ class Rows(NamedTuple):
 
 def pack(batch, device='cpu'):
     """A batch -> Rows. A row: the prompt without its last token; then for each answer that token and the answer's."""
-    rows, places, owners, ends = [], [], [], []
+    rows, row_of, places, owners, ends = [], [], [], [], []
     prompts, K = batch['prompt'].split(batch['prompt_length'].tolist()), batch['answer_length'].shape[1]
     for g, (prompt, answers) in enumerate(zip(prompts, answers_of(batch))):
-        *idx, last = prompt.tolist()
-        positions, text = list(range(len(idx))), [0] * len(idx)
         for k, answer in enumerate(answers, 1):
+            if k == 1 or len(idx) + len(answer) >= ROW_TOKENS:
+                *idx, last = prompt.tolist()
+                positions, text = list(range(len(idx))), [0] * len(idx)
+                rows.append((idx, positions, text))
+            row_of.append(len(rows) - 1)
             places.append(torch.arange(len(idx), len(idx) + len(answer)))
             owners.append(torch.full((len(answer),), g * K + k - 1))
             idx += [last, *answer]
             positions += range(len(prompt) - 1, len(prompt) + len(answer))
             text += [k] * (len(answer) + 1)
             ends.append(len(idx) - 1)
-        rows.append((idx, positions, text))
     idx, positions, text = (pad_sequence([torch.tensor(x) for x in column], batch_first=True, padding_value=fill)
                             for column, fill in zip(zip(*rows), (0, 0, -1)))
     B, T = idx.shape
     mask = torch.ones(T, T, dtype=torch.bool).tril() & ((text[:, :, None] == text[:, None]) | (text[:, None] == 0))
-    first = torch.arange(B) * T  # place of each row's first token
-    owner, end = torch.cat(owners), torch.zeros(B, K, dtype=torch.long)
-    valid = batch['answer_length'] > 0
-    end[valid] = torch.tensor(ends) + first[:, None].expand(B, K)[valid]
-    place = torch.cat(places) + first[owner // K]
+    first = torch.tensor(row_of) * T  # place of the first token in the row of each answer
+    end = torch.zeros_like(batch['answer_length'])
+    end[batch['answer_length'] > 0] = torch.tensor(ends) + first
+    place = torch.cat([x + start for x, start in zip(places, first.tolist())])
+    owner = torch.cat(owners)
     rows = Rows(idx, positions, mask[:, None], place, owner, end, {})
     return Rows(*(x.to(device, non_blocking=True) for x in rows[:-1]),
                 {name: x.to(device, non_blocking=True) for name, x in batch.items()})
@@ -186,7 +192,14 @@ def micro_batches(lab, batch, rows=None):
     mine = rows[tokens[rows].argsort(stable=True)][lab.machine.rank::lab.machine.world_size]
     if not len(mine):
         return []
-    return mine.split(lab.cfg.micro_groups or max(1, MASK_ENTRIES // int(tokens[mine].max()) ** 2))
+    if lab.cfg.micro_groups:
+        return mine.split(lab.cfg.micro_groups)
+    parts, first = [], 0
+    for i, length in enumerate(tokens[mine].tolist()):  # all rows of a part get as long as its last
+        if i > first and (i + 1 - first) * length * min(length, ROW_TOKENS) > MASK_ENTRIES:
+            parts.append(mine[first:i])
+            first = i
+    return [*parts, mine[first:]]
 
 
 # Through a model -----------------------------------------------------------------------------------------------------

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import answers
 import configurator
 import evaluate
 import prepare_shp
 import preference
 import sample
 import train
+from answers import ROW_TOKENS, cut_answers, make_batch, micro_batches, pack, rewards, select
 from configurator import Refusal, configure
 from model import sample_token
 from runs import load_run
@@ -71,6 +73,27 @@ def test_what_methods_that_sample_cut_is_counted_as_they_cut_it(tmp_path, capsys
     groups = as_data(([1] * 9, [[2] * 5, [3]]), ([1] * 8, [[2] * 4, [3] * 9]), ([1], [[2] * 9, [3]]))
     words = preference.cut_for_sampling(lab, groups)
     assert words == '1 prompts lose their beginning, 2 best answers lose their end'
+
+
+def test_one_long_ranking_does_not_split_the_others_apart():
+    group = prepare_shp.Group(0, '', [1] * 5, [[2] * 9, [3]])
+    batch = make_batch([group] * 99 + [group._replace(answers=[[a] * 400 for a in range(40)])])
+    lab = SimpleNamespace(cfg=SimpleNamespace(micro_groups=0), machine=SimpleNamespace(rank=0, world_size=1))
+    assert [len(rows) for rows in micro_batches(lab, batch)] == [99, 1]
+    assert sum(x.numel() for x in batch.values()) < 30_000  # tokens, and (prompts, answers) numbers
+    assert pack(select(batch, torch.tensor([99]))).mask.numel() < 17_000 * ROW_TOKENS * 1.2
+
+
+def test_answers_in_several_rows_are_those_in_one(tmp_path, monkeypatch):
+    lab, method = a_run(tmp_path, 'reward', reward_read='last')
+    torch.nn.init.normal_(method.scorer.head.weight)
+    batch = make_batch(cut_answers(lab, prepare_shp.pick_groups(lab.groups['train'], 0, 0, 8)))
+    one, lengths = rewards(lab, method.scorer, batch), []
+    for tokens in (100, 1):
+        monkeypatch.setattr(answers, 'ROW_TOKENS', tokens)
+        assert torch.allclose(one, rewards(lab, method.scorer, batch), atol=1e-5)
+        lengths.append(len(pack(batch).idx))
+    assert 8 < lengths[0] < lengths[1] == (batch['answer_length'] > 0).sum()
 
 
 def test_commands_that_make_data_work_as_printed(tmp_path, monkeypatch):
