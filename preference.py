@@ -570,7 +570,8 @@ def main(cfg):
             save(loop=dict(vars(at), evaluated=at.evaluated if at.step else -1), selves=lab.selves.hashes,
                  seconds=time.perf_counter() - start_time, method=method.state_dict(), **updates.state_dict())
 
-        last_line = at.tokens + at.sampled_tokens, at.step, time.perf_counter()  # of the log
+        last_line = at.tokens + at.sampled_tokens, at.step, time.perf_counter()  # of the log, for the speed since
+        evaluating = collecting = collected = 0.0             # seconds of the last of each, and of collections since
         with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
             while True:
                 done = at.ended or at.step >= cfg.max_iters
@@ -580,7 +581,10 @@ def main(cfg):
                     if at.step and at.step != saved_step:
                         save_state()
                         saved_step = at.step
+                    since = time.perf_counter()
                     result, at.evaluated = evaluation(at.step), at.step
+                    evaluating = time.perf_counter() - since
+                    last_line = *last_line[:2], last_line[2] + evaluating
                     metrics.write('eval', step=at.step, iteration=at.step // per_iteration, tokens=at.tokens,
                                   sampled_tokens=at.sampled_tokens, seconds=time.perf_counter() - start_time, **result)
                     machine.print(f'step {at.step} evaluation: {in_words(result)}')
@@ -589,7 +593,6 @@ def main(cfg):
                     if at.step and value > at.best:
                         at.best = value
                         save('best.pt')
-                    last_line = at.tokens + at.sampled_tokens, at.step, time.perf_counter()
                 if done or cfg.stop_step and at.step >= cfg.stop_step:
                     break
 
@@ -600,8 +603,10 @@ def main(cfg):
                     new_tokens = at.facts.pop('new_tokens', 0)
                     at.sampled_tokens += new_tokens
                     at.digest = machine.on_rank_0(lambda: write_iteration(lab, iteration, at.step, batch, at.facts))
+                    collecting = time.perf_counter() - since
+                    collected += collecting
                     machine.print(f'iteration {iteration}: {len(batch["group"]):,} prompts and {new_tokens:,} sampled '
-                                  f'tokens, collected in {time.perf_counter() - since:.1f} s')
+                                  f'tokens, collected in {collecting:.1f} s')
                 rows = step_rows(lab, batch, iteration, update)
                 counts = dict(iteration=iteration, update=update, groups=len(rows),
                               tokens=int(batch['answer_length'][rows].sum()),
@@ -625,14 +630,16 @@ def main(cfg):
                 if at.step % cfg.log_interval == 0 or last:
                     now, total, numbers = time.perf_counter(), at.tokens + at.sampled_tokens, {**at.facts, **stats}
                     speed = (total - last_line[0]) / (now - last_line[2])
-                    left = (cfg.max_iters - at.step) * (now - last_line[2]) / (at.step - last_line[1])
+                    left = (cfg.max_iters - at.step) * (now - last_line[2] - collected) / (at.step - last_line[1])
+                    left += evaluating * (math.ceil(cfg.max_iters / cfg.eval_interval) - at.evaluated // cfg.eval_interval)
+                    left += collecting * (math.ceil(cfg.max_iters / per_iteration) - iteration - 1)
                     metrics.write('train', step=at.step, tokens=at.tokens, sampled_tokens=at.sampled_tokens,
                                   seconds=now - start_time, iteration=iteration, grad_norm=grad_norm, lr=lr,
                                   tokens_per_second=speed, skipped=updates.skipped, **numbers)
                     machine.print(f'step {at.step}/{cfg.max_iters} {at.step / cfg.max_iters:.0%} {in_words(numbers)}, '
                                   f'norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, '
                                   f'ETA {timedelta(seconds=round(left))}')
-                    last_line = total, at.step, now
+                    last_line, collected = (total, at.step, now), 0.0
                 if any(signals):
                     break
         if at.step != saved_step:

@@ -68,13 +68,6 @@ def test_a_block_beyond_all_texts_is_refused(tmp_path):
             train.main(train.Config(**dict(TRAIN, cut=cut, block_size=8_000), out_dir=str(tmp_path / cut)))
 
 
-def test_what_methods_that_sample_cut_is_counted_as_they_cut_it(tmp_path, capsys):
-    lab, _ = a_run(tmp_path, 'spin', block_size=12, max_new_tokens=4)
-    groups = as_data(([1] * 9, [[2] * 5, [3]]), ([1] * 8, [[2] * 4, [3] * 9]), ([1], [[2] * 9, [3]]))
-    words = preference.cut_for_sampling(lab, groups)
-    assert words == '1 prompts lose their beginning, 2 best answers lose their end'
-
-
 def test_one_long_ranking_does_not_split_the_others_apart():
     group = prepare_shp.Group(0, '', [1] * 5, [[2] * 9, [3]])
     batch = make_batch([group] * 99 + [group._replace(answers=[[a] * 400 for a in range(40)])])
