@@ -631,7 +631,8 @@ def main(cfg):
                     now, total, numbers = time.perf_counter(), at.tokens + at.sampled_tokens, {**at.facts, **stats}
                     speed = (total - last_line[0]) / (now - last_line[2])
                     left = (cfg.max_iters - at.step) * (now - last_line[2] - collected) / (at.step - last_line[1])
-                    left += evaluating * (math.ceil(cfg.max_iters / cfg.eval_interval) - at.evaluated // cfg.eval_interval)
+                    evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - at.evaluated // cfg.eval_interval
+                    left += evaluating * evaluations
                     left += collecting * (math.ceil(cfg.max_iters / per_iteration) - iteration - 1)
                     metrics.write('train', step=at.step, tokens=at.tokens, sampled_tokens=at.sampled_tokens,
                                   seconds=now - start_time, iteration=iteration, grad_norm=grad_norm, lr=lr,
