@@ -62,6 +62,13 @@ def test_notes_say_what_options_mean(tmp_path, capsys):
     assert 'note: max_iters=3, but iterations=1 end after 2' in capsys.readouterr().out
 
 
+def test_best_is_of_one_split(tmp_path):
+    cfg = train.Config(**dict(TRAIN, max_iters=1), out_dir=str(tmp_path))
+    train.main(cfg)
+    with pytest.raises(Refusal, match='cannot resume: eval_split is val in the checkpoint, test here'):
+        train.main(replace(cfg, resume=True, eval_split='test'))
+
+
 def test_a_block_beyond_all_texts_is_refused(tmp_path):
     for cut in ('stream', 'examples'):
         with pytest.raises(Refusal, match='but no document is longer than [0-9]+ tokens; use --block_size='):
