@@ -349,7 +349,8 @@ def describe(cfg, machine, model_config, data, optimizers, **fixed):
     """
     return dict(model_config=asdict(model_config), config=asdict(cfg), encoding=data.meta['encoding'],
                 fixed=dict(asdict(model_config), data=data.fingerprint[:12], init_from=str(Path(cfg.init_from)),
-                           eval_split=cfg.eval_split, optimizers=[type(optimizer).__name__ for optimizer in optimizers], **fixed),
+                           optimizers=[type(optimizer).__name__ for optimizer in optimizers],
+                           eval_split=cfg.eval_split, **fixed),
                 machine=dict(ranks=machine.world_size, device=machine.device.type, dtype=str(machine.dtype),
                              compile=machine.compile, torch=str(torch.__version__)))
 
