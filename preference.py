@@ -245,6 +245,10 @@ class SPIN(Method):
         self.margin = [0, 0.0, 0.0]  # of data over self: prompts, sum, sum of squares
         if lab.cfg.margin_stop and iteration_size(lab) < 2 * lab.cfg.groups_per_step:
             lab.machine.print('note: margin_stop has no effect with one update a pass')
+        groups, limit = lab.groups['train'], lab.cfg.max_new_tokens
+        if cut := (np.diff(groups.offsets)[groups.answers[groups.first[:-1]]] > limit).sum():
+            lab.machine.print(f'note: {cut:,} of {len(groups.prompts):,} best answers lose their end after '
+                              f'max_new_tokens={limit} tokens, as samples do')
 
     def opponents(self, iteration):
         selves = [t for t in range(iteration, iteration - self.lab.cfg.opponents, -1) if t >= 0]

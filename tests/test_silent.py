@@ -96,6 +96,13 @@ def test_answers_in_several_rows_are_those_in_one(tmp_path, monkeypatch):
     assert 8 < lengths[0] < lengths[1] == (batch['answer_length'] > 0).sum()
 
 
+def test_selfplay_counts_the_answers_that_it_cuts(tmp_path, capsys):
+    lab, _ = a_run(tmp_path, 'spin')
+    lab.groups['train'] = as_data(([1], [[2] * 21, [3]]), ([1], [[2] * 20, [3] * 30]))
+    preference.SPIN(lab)
+    assert 'note: 1 of 2 best answers lose their end after max_new_tokens=20 tokens' in capsys.readouterr().out
+
+
 def test_commands_that_make_data_work_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / 'my rows.jsonl'
