@@ -152,32 +152,30 @@ class Rows(NamedTuple):
 
 def pack(batch, device='cpu'):
     """A batch -> Rows. A row: the prompt without its last token; then for each answer that token and the answer's."""
-    rows, row_of, places, owners, ends = [], [], [], [], []
-    prompts, K = batch['prompt'].split(batch['prompt_length'].tolist()), batch['answer_length'].shape[1]
+    rows, spans, K = [], [], batch['answer_length'].shape[1]
+    prompts = batch['prompt'].split(batch['prompt_length'].tolist())
     for g, (prompt, answers) in enumerate(zip(prompts, answers_of(batch))):
+        *before, last = prompt.tolist()
+        P = len(before)
         for k, answer in enumerate(answers, 1):
-            if k == 1 or len(idx) + len(answer) >= ROW_TOKENS:
-                *idx, last = prompt.tolist()
-                positions, text = list(range(len(idx))), [0] * len(idx)
-                rows.append((idx, positions, text))
-            row_of.append(len(rows) - 1)
-            places.append(torch.arange(len(idx), len(idx) + len(answer)))
-            owners.append(torch.full((len(answer),), g * K + k - 1))
+            if k == 1 or len(rows[-1][0]) + len(answer) >= ROW_TOKENS:
+                rows.append((before[:], list(range(P)), [0] * P))
+            idx, positions, text = rows[-1]
+            spans.append((len(rows) - 1, len(idx), len(answer), g * K + k - 1))
             idx += [last, *answer]
-            positions += range(len(prompt) - 1, len(prompt) + len(answer))
+            positions += range(P, P + len(answer) + 1)
             text += [k] * (len(answer) + 1)
-            ends.append(len(idx) - 1)
     idx, positions, text = (pad_sequence([torch.tensor(x) for x in column], batch_first=True, padding_value=fill)
                             for column, fill in zip(zip(*rows), (0, 0, -1)))
-    B, T = idx.shape
+    T = idx.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool).tril() & ((text[:, :, None] == text[:, None]) | (text[:, None] == 0))
-    first = torch.tensor(row_of) * T  # place of the first token in the row of each answer
+    row, start, length, owner = torch.tensor(spans).T
+    start = row * T + start  # in the flattened rows: where the first token of an answer is predicted
+    place = torch.cat([torch.arange(a, a + n) for a, n in zip(start.tolist(), length.tolist())])
     end = torch.zeros_like(batch['answer_length'])
-    end[batch['answer_length'] > 0] = torch.tensor(ends) + first
-    place = torch.cat([x + start for x, start in zip(places, first.tolist())])
-    owner = torch.cat(owners)
-    rows = Rows(idx, positions, mask[:, None], place, owner, end, {})
-    return Rows(*(x.to(device, non_blocking=True) for x in rows[:-1]),
+    end[batch['answer_length'] > 0] = start + length
+    packed = idx, positions, mask[:, None], place, owner.repeat_interleave(length), end
+    return Rows(*(x.to(device, non_blocking=True) for x in packed),
                 {name: x.to(device, non_blocking=True) for name, x in batch.items()})
 
 
