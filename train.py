@@ -2,6 +2,8 @@
 
     python train.py config/toy_t2.py                              # embedded data, any CPU
     torchrun --nproc_per_node=8 train.py config/t2_shp.py         # stanfordnlp/SHP on 8 GPUs
+    python train.py config/toy_t2.py --init_from=out/toy_t2 --eval_split=test --max_iters=1 --learning_rate=0 \\
+        --out_dir=out/toy_t2_test                                 # the best checkpoint on the test split, at step 0
 """
 import contextlib
 import math
