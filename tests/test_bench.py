@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bench
-from bench import Config, extra_memory, in_own_process, take_turns
+from bench import Config, extra_memory, in_own_process
 from runs import setup
 
 MACHINE = setup('cpu')
@@ -40,19 +40,6 @@ def test_contenders_of_a_step_start_at_the_same_loss_and_learn():
     torch.manual_seed(0)
     for losses in results(bench.step(Config(batch_size=2, block_size=8), MACHINE, 8), '', calls=8).values():
         assert losses[0].item() == pytest.approx(10.82, abs=0.05) and losses[-1] < losses[0] - 0.01
-
-
-def test_contenders_of_generation_write_as_many_tokens():
-    contenders = bench.generate(Config(), MACHINE, 3, prompt=5, new=4)
-    assert next(iter(results(contenders, 'no cache').values()))[0].shape == (3, 9)
-    for answers, in results(contenders, 'GPT.generate').values():
-        assert [len(answer) for answer in answers] == [4, 4, 4]
-
-
-def test_turns_alternate():
-    order = []
-    seconds = take_turns(MACHINE, {'a': lambda: order.append('a'), 'b': lambda: order.append('b')}, 3)
-    assert order == ['a', 'b'] * 4 and len(seconds['a']) == len(seconds['b']) == 3
 
 
 def test_memory_is_that_of_the_contender():

@@ -7,12 +7,11 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import configurator
-from configurator import Refusal, configure, progress, run
+from configurator import Refusal, configure, run
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = os.path.expanduser('~')
@@ -91,21 +90,20 @@ def write(path, text):
     ('--n=10_000', dict(n=10000)), ('--n=-3', dict(n=-3)), ('--x=1e-3', dict(x=1e-3)), ('--x=3', dict(x=3.0)),
     ('--flag=True', dict(flag=True)), ('--flag=true', dict(flag=True)), ('--maybe=false', dict(maybe=False)),
     ('--name=', dict(name='')), ('--name=a=b', dict(name='a=b')), ('--name=--x=1', dict(name='--x=1')),
-    ('--name=None', dict(name='None')), ('--name=3', dict(name='3')), ('--names=a, b,', dict(names=('a', 'b'))),
+    ('--name=None', dict(name='None')), ('--names=a, b,', dict(names=('a', 'b'))),
     ('--names=', dict(names=())), ('--numbers=0,3', dict(numbers=(0.0, 3.0))), ('--counts=4', dict(counts=(4,))),
     ('--limit=None', dict(limit=None)), ('--limit=2', dict(limit=2.0)), ('--top=5', dict(top=5)),
     ('--name=~', dict(name=HOME)), ('--name=~a', dict(name='~a')), ('--names=a,~/b', dict(names=('a', f'{HOME}/b'))),
-    ('x = 3', dict(x=3.0)), ('limit = 2', dict(limit=2.0)), ('numbers = [0, 3]', dict(numbers=(0.0, 3.0))),
-    ('names = ("a,b",)', dict(names=('a,b',))), ('limit = None', dict(limit=None)), ('n: int = 4', dict(n=4)),
+    ('limit = 2', dict(limit=2.0)), ('numbers = [0, 3]', dict(numbers=(0.0, 3.0))), ('n: int = 4', dict(n=4)),
+    ('names = ("a,b",)', dict(names=('a,b',))), ('limit = None', dict(limit=None)),
     ('_k = 3\nn = _k * 2', dict(n=6)), ('import os as helper\nname = "~/x"', dict(name=f'{HOME}/x'))])
 def test_value(text, values):
     assert repr(configure(Config, [text if text.startswith('--') else write('a.py', text)])) == repr(Config(**values))
 
 
 @pytest.mark.parametrize('flag, wanted', [
-    ('--n=1.5', 'int'), ('--n=1e4', 'int'), ('--n=True', 'int'), ('--n=', 'int'), ('--x=fast', 'float'),
-    ('--x=nan', 'float'), ('--x=1e999', 'float'), ('--x=True', 'float'), ('--flag=1', 'bool'), ('--flag=TRUE', 'bool'),
-    ('--counts=1,2.5', 'tuple[int, ...]'), ('--top=none', 'int | None'), ('--maybe=1', 'bool | None')])
+    ('--n=1e4', 'int'), ('--n=', 'int'), ('--x=fast', 'float'), ('--x=nan', 'float'), ('--x=1e999', 'float'),
+    ('--flag=1', 'bool'), ('--counts=1,2.5', 'tuple[int, ...]'), ('--top=none', 'int | None')])
 def test_wrong_flag(capsys, flag, wanted):
     key, text = flag[2:].split('=')
     hint = '; write True or False' if 'bool' in wanted else ''
@@ -113,8 +111,7 @@ def test_wrong_flag(capsys, flag, wanted):
 
 
 @pytest.mark.parametrize('line, wanted', [
-    ('n = True', 'int, not True'), ("n = '3'", "int, not '3'"), ("x = float('nan')", 'float, not nan'),
-    ('flag = 1', 'bool, not 1; write True or False'), ('name = 3', 'str, not 3'), ('n = 1.0', 'int, not 1.0'),
+    ('n = True', 'int, not True'), ('flag = 1', 'bool, not 1; write True or False'), ('name = 3', 'str, not 3'),
     ("names = ('a')", "tuple[str, ...], not 'a'; write ('a',)"), ('top = False', 'int | None, not False')])
 def test_wrong_type_in_a_file(capsys, line, wanted):
     assert refused(capsys, write('a.py', line)) == [f'a.py: {line.split()[0]} must be {wanted}']
@@ -179,9 +176,8 @@ def test_all_errors_at_once():
 
 
 @pytest.mark.parametrize('args, written', [
-    (['--n', '3'], '--n=3'), (['--n', '-1'], '--n=-1'), (['--n', '=', '8'], '--n=8'), (['--n', '=8'], '--n=8'),
-    (['--n=', '8'], '--n=8'), (['--name', 'a b'], "--name='a b'"), (['--flag'], '--flag=True'),
-    (['--flag', '--n=3'], '--flag=True'), (['--flag', 'a.py'], '--flag=True'), (['--n'], '--n=VALUE')])
+    (['--n', '-1'], '--n=-1'), (['--n', '=', '8'], '--n=8'), (['--n=', '8'], '--n=8'),
+    (['--name', 'a b'], "--name='a b'"), (['--flag', 'a.py'], '--flag=True'), (['--n'], '--n=VALUE')])
 def test_spaces(capsys, args, written):
     write('a.py', '')
     assert refused(capsys, *args) == [f'a flag and its value are one word: write {written}']
@@ -247,13 +243,6 @@ def test_a_closed_pipe_is_quiet(flag):
                                stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b'' and process.wait(30) == 1
-
-
-def test_progress(monkeypatch, capsys):
-    seconds = iter([0, 100, 100, 120, 120, 125]).__next__  # the first item takes long
-    monkeypatch.setattr(configurator, 'time', SimpleNamespace(monotonic=seconds))
-    assert list(progress([1, 2, 3], 'counting')) == [1, 2, 3]
-    assert capsys.readouterr().out == 'counting 33%, ETA 3.3 min\ncounting 67%, ETA 0.3 min\n'
 
 
 if __name__ == '__main__':

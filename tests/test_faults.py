@@ -3,7 +3,6 @@
 Every run that is cut short continues with --resume=True and must end bit for bit like the run that was left alone. How
 many kills the soak makes, of each kind of run: NANOTAYLOR_KILLS, 100 unless set.
 """
-import importlib
 import json
 import math
 import multiprocessing
@@ -33,6 +32,7 @@ import test_preference
 import test_train
 import train
 from configurator import Refusal
+from conftest import assert_same_run, metrics
 from runs import load_checkpoint
 from toy_shp import toy_rows
 
@@ -43,12 +43,7 @@ KINDS = 'train', *test_preference.METHODS
 OPTIONS = dict(train=dict(max_iters=40, eval_interval=6, dropout=0.1, micro_batch_size=3),
                **dict.fromkeys(test_preference.METHODS, dict(iterations=3, eval_interval=3)))
 ENDLESS = dict(train=dict(max_iters=100_000, eval_interval=50_000), spin=dict(iterations=10_000, eval_interval=50_000))
-folder = test_preference.folder  # a working directory with data, a start, a teacher and a reward model
-
-
-@pytest.fixture(autouse=True)
-def work(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+pytestmark = pytest.mark.usefixtures('work')
 
 
 def config(kind, out_dir, **changes):
@@ -67,24 +62,6 @@ def command(kind, out_dir, *more, **changes):
 
 def program(kind):
     return train if kind == 'train' else preference
-
-
-def content(state):
-    """A nested dict as text, every digit of every tensor included."""
-    return json.dumps(state, default=torch.Tensor.tolist)
-
-
-def assert_same_run(*out_dirs):
-    """Two finished runs in all that they wrote, but for times, options and the files that only a stop keeps."""
-    for name in {path.name for out in out_dirs for path in (runs.checkpoints(out)[-1], *out.glob('best.pt'))}:
-        a, b = (load_checkpoint(out, name) for out in out_dirs)
-        for part in (a.keys() | b.keys()) - {'seconds', 'config', 'machine'}:
-            assert content(a[part]) == content(b[part]), part
-    for event in ('train', 'eval'):
-        assert test_train.metrics(out_dirs[0], event) == test_train.metrics(out_dirs[1], event)
-    a, b = ({str(path.relative_to(out)): path.read_bytes() if path.suffix in ('.json', '.jsonl') else b''
-             for path in out.rglob('*') if path.suffix != '.pt' or path.name == 'best.pt'} for out in out_dirs)
-    assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} <= {'config.json', 'metrics.jsonl'}
 
 
 def files(folder, pattern='*'):
@@ -129,7 +106,7 @@ def run_for(tmp_path):
     return run
 
 
-@pytest.mark.parametrize('kind, kills', [*((kind, 2) for kind in ('train', 'spin', 'ppo')), *(
+@pytest.mark.parametrize('kind, kills', [*((kind, 2) for kind in ('train', 'spin')), *(
     pytest.param(kind, SOAK, marks=pytest.mark.soak) for kind in KINDS)])
 def test_kill_9_at_random_moments(tmp_path, folder, run_for, kind, kills):
     """Start-up, collections, generation, updates, evaluations, saves: a kill may fall into any."""
@@ -236,32 +213,24 @@ def at_step(step, rank, action):
 KILL = 'os.kill(os.getpid(), signal.SIGKILL)'
 
 
-def finish_and_compare(tmp_path, kind, **changes):
-    """The run continues with two ranks, and ends like one that was left alone."""
-    (tmp_path / 'alone').mkdir()
-    for where in (tmp_path, tmp_path / 'alone'):
-        with Ranks(where, kind, **changes) as ranks:
-            assert ranks.end() == 0, ranks.output
-    assert_same_run(tmp_path / 'alone' / 'run', tmp_path / 'run')
-
-
 @pytest.mark.parametrize('kind, action, words', [
-    ('spin', KILL, 'another rank has ended'), ('train', 'raise MemoryError("no more of it")', 'no more of it'),
-    ('train', 'time.sleep(12)', 'does not answer')])
+    ('spin', KILL, 'another rank has ended'), ('train', 'time.sleep(12)', 'does not answer')])
 def test_a_rank_that_fails_or_hangs_ends_both_and_nothing_is_lost(tmp_path, kind, action, words):
     with Ranks(tmp_path, kind, 'runs.RANK_TIMEOUT = 6\n' + at_step(7, 1, action)) as ranks:
         assert ranks.end() != 0 and words in ranks.output
     assert load_checkpoint(tmp_path / 'run')['step'] == 6
     if action == KILL:
         assert ranks.output.count('Traceback') == 1, ranks.output  # torchrun's own
-        finish_and_compare(tmp_path, kind)
 
 
-def test_restarts_of_torchrun_bring_a_killed_run_to_its_end(tmp_path):
-    with Ranks(tmp_path, 'train', at_step(5, 0, KILL) + at_step(9, 1, KILL), restarts=2) as ranks:
-        assert ranks.end() == 0, ranks.output
-    assert ranks.output.count('rank 0 is process') == 3
-    finish_and_compare(tmp_path, 'train')  # has nothing left to do
+def test_a_restart_of_torchrun_brings_a_killed_run_to_its_end(tmp_path):
+    """As one that was left alone."""
+    (tmp_path / 'alone').mkdir()
+    for where, fault in ((tmp_path, at_step(7, 1, KILL)), (tmp_path / 'alone', '')):
+        with Ranks(where, 'spin', fault, restarts=1) as ranks:
+            assert ranks.end() == 0, ranks.output
+        assert ranks.output.count('rank 0 is process') == (2 if fault else 1)
+    assert_same_run(tmp_path / 'alone' / 'run', tmp_path / 'run')
 
 
 def test_ranks_whose_torchrun_was_killed_save_and_end(tmp_path):
@@ -269,15 +238,12 @@ def test_ranks_whose_torchrun_was_killed_save_and_end(tmp_path):
         ranks.until('step 20/')
         ranks.process.kill()
         ranks.end()
-    step = load_checkpoint(tmp_path / 'run')['step']
-    assert step >= 20
-    finish_and_compare(tmp_path, 'train', **ENDLESS['train'], stop_step=step + 2)
+    assert load_checkpoint(tmp_path / 'run')['step'] >= 20
 
 
 # a terminal sends Ctrl-C to torchrun and to its ranks; torchrun passes its own on as well
 @pytest.mark.parametrize('kind, number, receivers', [
-    ('train', signal.SIGTERM, [1]), ('train', signal.SIGTERM, ['torchrun']),
-    ('spin', signal.SIGINT, [0, 1, 'torchrun', 0])])
+    ('train', signal.SIGTERM, [1]), ('spin', signal.SIGINT, [0, 1, 'torchrun', 0])])
 def test_signals_stop_both_ranks_at_one_step(tmp_path, kind, number, receivers):
     with Ranks(tmp_path, kind, **ENDLESS[kind]) as ranks:
         ranks.until('step 20/')
@@ -289,8 +255,6 @@ def test_signals_stop_both_ranks_at_one_step(tmp_path, kind, number, receivers):
 
 
 @pytest.mark.parametrize('kind, name, bad, calls, code, words', [
-    ('train', 'train.linear_loss', 'nan', (3, 4), 0, 'its update is skipped'),
-    ('dpo', 'preference.plackett_luce_loss', 'inf', (3, 4), 0, 'its update is skipped'),
     ('ppo', 'preference.ppo_value_loss', 'nan', (3, 4), 0, 'its update is skipped'),
     ('dpo', 'preference.plackett_luce_loss', 'nan', range(99), 1, '10 gradients in a row were not finite')])
 def test_a_nan_or_inf_on_one_rank_reaches_no_parameter_of_any(tmp_path, kind, name, bad, calls, code, words):
@@ -353,26 +317,23 @@ def test_nohup_keeps_a_run_alive_and_its_folder_closed_to_others(tmp_path, monke
         train.main(config('train', tmp_path / 'run'))
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_during_a_save(tmp_path, monkeypatch, number, code):
+def test_signals_during_a_save(tmp_path, monkeypatch):
     """Before the file is renamed and after: the save ends as if nothing had come, then the run."""
     cfg = config('train', tmp_path / 'whole')
     train.main(cfg)
     replace_file = os.replace
 
     def interrupted(source, target):
-        signals = [number] if str(target).endswith('ckpt_00000012.pt') else []
-        for n in signals:
-            os.kill(os.getpid(), n)
-        replace_file(source, target)
-        for n in signals:
-            os.kill(os.getpid(), n)
+        for act in (lambda: None, lambda: replace_file(source, target)):
+            act()
+            if str(target).endswith('ckpt_00000012.pt'):
+                os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, 'replace', interrupted)
         with pytest.raises(SystemExit) as end:
             train.main(replace(cfg, out_dir=str(tmp_path / 'cut')))
-    assert end.value.code == code and load_checkpoint(tmp_path / 'cut')['step'] == 12
+    assert end.value.code == 130 and load_checkpoint(tmp_path / 'cut')['step'] == 12
     train.main(replace(cfg, out_dir=str(tmp_path / 'cut'), resume=True))
     assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
 
@@ -389,23 +350,12 @@ def test_checkpoints_that_are_gone(tmp_path):
     assert before == files(tmp_path / 'run')
 
 
-def test_lost_lines_of_the_log_are_reported(tmp_path, capsys):
-    cfg = config('train', tmp_path)
-    for steps, words in (([], 'has no line left'), ([1, 3], 'ends at step 3'), ([1, 9], '')):
-        (tmp_path / 'metrics.jsonl').write_text(''.join(f'{{"event": "train", "step": {step}}}\n' for step in steps))
-        runs.Metrics(cfg, runs.Machine(0, 1, None, None, False), step=10)
-        printed = capsys.readouterr().out
-        assert words in printed and ('a part of the curve is lost' in printed) == bool(words)
-
-
-@pytest.mark.parametrize('kind', ['train', 'spin'])
-def test_overwrite_deletes_the_run_and_nothing_else(tmp_path, kind):
-    main, notes = program(kind).main, [tmp_path / 'run' / sub / 'notes.txt' for sub in ('', 'iterations', 'selves')]
-    main(config(kind, tmp_path / 'run', stop_step=6))
+def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
+    notes = [tmp_path / 'run' / sub / 'notes.txt' for sub in ('', 'iterations', 'selves')]
+    preference.main(config('spin', tmp_path / 'run', stop_step=6))
     for path in notes:
-        path.parent.mkdir(exist_ok=True)
         path.write_text('mine')
-    main(config(kind, tmp_path / 'run', stop_step=3, overwrite=True))
+    preference.main(config('spin', tmp_path / 'run', stop_step=3, overwrite=True))
     assert all(path.exists() for path in notes) and load_checkpoint(tmp_path / 'run')['step'] == 3
 
 
@@ -423,26 +373,20 @@ def test_a_folder_that_holds_no_run_is_not_touched(tmp_path):
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize('kind', ['train', 'spin'])
-def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(folder, capsys, kind):
-    """A file in its place; and as a user who may read the data and not write: root becomes nobody meanwhile."""
-    readonly, root = folder / 'readonly', os.geteuid() == 0
-    readonly.mkdir(exist_ok=True)
-    (folder / 'file').touch()
-    for path in (folder, readonly):
-        path.chmod(0o755 if root else 0o555)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(folder, capsys):
+    """A file in its place; and a folder that one may only read: root, who may all, becomes nobody meanwhile."""
+    user = os.geteuid()
+    for path in (folder / 'file', folder / 'readonly'):
+        path.touch() if path.name == 'file' else path.mkdir(mode=0o555)
+    folder.chmod(0o755)
     try:
-        if root:
-            os.seteuid(65534)
+        os.seteuid(user or 65534)
         for name in ('file/run', 'readonly', 'readonly/run'):
             with pytest.raises(Refusal, match=f'{name}.*(cannot be made a folder|could not be written)'):
-                program(kind).main(config(kind, name))
+                preference.main(config('spin', name))
     finally:
-        if root:
-            os.seteuid(0)
-        for path in (folder, readonly):
-            path.chmod(0o755)
-    assert 'evaluation' not in capsys.readouterr().out and not list(readonly.iterdir())
+        os.seteuid(user)
+    assert 'evaluation' not in capsys.readouterr().out
 
 
 def test_nothing_asks_the_network(tmp_path, monkeypatch):
@@ -462,17 +406,6 @@ def test_nothing_asks_the_network(tmp_path, monkeypatch):
     plot.plot(['out/start'])
 
 
-def test_data_exchanged_under_a_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for seed in (0, 1):
-        write_rows(tmp_path / 'rows.jsonl', 300, seed)
-        prepare_shp.prepare(prepare_shp.Config(dataset='small', source='rows.jsonl', encoding='bytes', overwrite=True))
-        if seed == 0:
-            train.main(config('train', 'run', source='rows.jsonl', stop_step=6))
-    with pytest.raises(Refusal, match='cannot resume: data is '):
-        train.main(config('train', 'run', source='rows.jsonl', resume=True))
-
-
 # Disks --------------------------------------------------------------------------------------------------------------
 
 
@@ -484,14 +417,13 @@ def on_a_full_disk(arguments, size):
     return done.stderr
 
 
-@pytest.mark.parametrize('kind', ['train', 'spin'])
-def test_a_full_disk_ends_the_run_with_a_sentence_and_costs_nothing(tmp_path, kind):
-    cfg, main = config(kind, tmp_path / 'run'), program(kind).main
+def test_a_full_disk_ends_the_run_with_a_sentence_and_costs_nothing(tmp_path):
+    cfg, main = config('spin', tmp_path / 'run'), preference.main
     main(replace(cfg, out_dir=str(tmp_path / 'whole')))
     main(replace(cfg, stop_step=6))
     before = files(tmp_path / 'run', 'ckpt_*')
     for size in (30_000, 8_000):
-        error = on_a_full_disk(command(kind, tmp_path / 'run', '--resume=True'), size)
+        error = on_a_full_disk(command('spin', tmp_path / 'run', '--resume=True'), size)
         assert 'could not be written (' in error and 'is the disk full' in error
         assert before == files(tmp_path / 'run', 'ckpt_*') and not list((tmp_path / 'run').rglob('*tmp*'))
     main(replace(cfg, resume=True))
@@ -507,32 +439,6 @@ def test_a_full_disk_leaves_no_half_dataset(tmp_path, monkeypatch):
     assert subprocess.run(prepare, capture_output=True).returncode == 0
 
 
-# Training -----------------------------------------------------------------------------------------------------------
-
-
-OPTIMIZERS = dict(
-    SGD='[torch.optim.SGD(decay_groups([model], cfg), lr=cfg.learning_rate, momentum=0.9)]',
-    Muon='[torch.optim.Muon([p for p in model.transformer.h.parameters() if p.ndim == 2], lr=0.02), torch.optim.AdamW('
-         '[p for name, p in model.named_parameters() if p.ndim != 2 or ".h." not in name], lr=cfg.learning_rate)]')
-
-
-@pytest.mark.parametrize('name', OPTIMIZERS)
-def test_another_optimizer_resumes_bit_for_bit(tmp_path, monkeypatch, name):
-    """train.py with one line changed: 6 + 6 steps == 12; a run of AdamW is refused."""
-    source, count = re.subn(r'optimizers = \[.*\]', f'optimizers = {OPTIMIZERS[name]}', (ROOT / 'train.py').read_text())
-    assert count == 1
-    (tmp_path / f'train_{name}.py').write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    main = importlib.import_module(f'train_{name}').main
-    cfg = config('train', tmp_path / 'whole', max_iters=12)
-    main(cfg)
-    cut = replace(cfg, out_dir=str(tmp_path / 'cut'))
-    main(replace(cut, stop_step=6))
-    main(replace(cut, resume=True))
-    assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
-    assert any(load_checkpoint(tmp_path / 'cut')['optimizers'][0]['state'])
-    with pytest.raises(Refusal, match=f'optimizers is .*{name}.* in the checkpoint, .*AdamW.* here'):
-        train.main(replace(cut, resume=True))
 
 
 @pytest.mark.parametrize('kind', ['dpo', 'reward'])
@@ -543,7 +449,7 @@ def test_a_nan_in_a_preference_evaluation_chooses_no_best(tmp_path, monkeypatch,
         name: value * math.nan for name, value in judge(self, rows).items()})
     monkeypatch.setattr(evaluate, 'rewards', lambda *args: rewards(*args) * math.nan)
     preference.main(config(kind, tmp_path / 'run', iterations=1))
-    assert all(math.isnan(line['rank_accuracy']) for line in test_train.metrics(tmp_path / 'run', 'eval'))
+    assert all(math.isnan(line['rank_accuracy']) for line in metrics(tmp_path / 'run', 'eval'))
     assert not (tmp_path / 'run' / 'best.pt').exists()
     state = load_checkpoint(tmp_path / 'run')
     assert all(w.isfinite().all() for part in {'model', 'reward_model'} & set(state) for w in state[part].values())

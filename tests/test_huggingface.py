@@ -8,9 +8,7 @@ import math
 import re
 import subprocess
 import sys
-import types
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import tiktoken
@@ -26,24 +24,19 @@ import test_preference
 import test_train
 import train
 from configurator import Refusal
+from conftest import assert_same_run, metrics
 from model import GPT, GPTConfig, ScalarHead
 from runs import load_checkpoint, open_start
 
 safetensors = pytest.importorskip('safetensors.torch')
 from extras import huggingface  # noqa: E402, which needs it
 
-folder = test_preference.folder  # a working directory with data, a start, a teacher and a reward model
+pytestmark = pytest.mark.usefixtures('work')
 BYTES = prepare_shp.encoding('bytes')
 SHAPES = [(48, 1, 2, 16), (80, 3, 4, 32), (9, 2, 1, 24)]  # block_size, n_layer, n_head, n_embd
 TEXT = ("Rusty kettle?  \n\n antidisestablishmentarianism \u00e9t\u00e9 \U0001f600 1234567 ...... it'll "
         '----- \u4e2d\u6587 xxxxxxxxxx \u00a0\x00\nA:\n')
 WTE, FC = 'transformer.wte.weight', 'transformer.h.0.mlp.c_fc.weight'
-KINDS = [(True, True), (True, False), (False, True), (False, False)]  # bias, tie_weights
-
-
-@pytest.fixture(autouse=True)
-def work(folder, monkeypatch):
-    monkeypatch.chdir(folder)
 
 
 def a_gpt(shape=SHAPES[0], bias=True, tie_weights=True, seed=0):
@@ -72,8 +65,7 @@ def start_from(path, block_size=0):
 # Weights ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('shape', SHAPES)
-@pytest.mark.parametrize('bias, tie_weights', KINDS)
+@pytest.mark.parametrize('shape, bias, tie_weights', [(SHAPES[1], True, True), (SHAPES[2], False, False)])
 def test_what_is_exported_is_gpt2_and_returns_bit_equal(tmp_path, shape, bias, tie_weights):
     """Over the real vocabulary; padding comes back as 0, and a model without biases with biases of 0."""
     gpt, idx = a_gpt(shape, bias, tie_weights), torch.randint(257, (1, shape[0]))
@@ -106,15 +98,13 @@ def test_other_layouts_are_read_as_well(tmp_path):
     bare = {name.removeprefix('transformer.'): w for name, w in sound.items()}
     masks = {'h.0.attn.bias': torch.ones(1, 1, 48, 48), 'h.0.attn.masked_bias': torch.tensor([-1e4])}
     safetensors.save_file({**bare, **masks}, folder_with('bare') / 'model.safetensors')
-    masks['h.0.attn.bias'] = masks['h.0.attn.bias'].byte()
-    torch.save({**bare, **masks}, folder_with('bin') / 'pytorch_model.bin')
     shards, names = folder_with('shards'), sorted(sound)
     for i, part in enumerate((names[:5], names[5:])):
         safetensors.save_file({name: sound[name] for name in part}, shards / f'model-{i}.safetensors')
     index = dict(weight_map={name: f'model-{int(i >= 5)}.safetensors' for i, name in enumerate(names)})
     (shards / 'model.safetensors.index.json').write_text(json.dumps(index))
     torch.save({name: w.half() for name, w in sound.items()}, folder_with('half') / 'pytorch_model.bin')
-    for where in ('bare', 'bin', 'shards', 'half'):
+    for where in ('bare', 'shards', 'half'):
         given = start_from(tmp_path / where)['model']
         assert given.keys() == wanted.keys()
         for name, w in given.items():
@@ -157,29 +147,18 @@ def test_the_card_tells_the_run_and_how_to_ask(tmp_path, capsys):
     sample.main(sample.Config(out_dir='start', checkpoint='last', export_hf=str(tmp_path / 'out')))
     assert f'start: last checkpoint, step 40\nwrote {tmp_path}/out' in capsys.readouterr().out
     card = (tmp_path / 'out' / 'README.md').read_text()
-    last = test_train.metrics('start', 'eval')[-1]
+    last = metrics('start', 'eval')[-1]
     for text in (f'"val_ce": {last["val_ce"]}', 'pipeline_tag: text-generation', '"cut": "examples"', 'at step 40',
                  "prompt = post.strip() + '\\nA:\\n'"):
         assert text in card
     assert 'Taylor loss' not in card and 'without biases' not in card
-    lines = [json.dumps(dict(event='eval', step=step, val_ce=step / 100)) for step in (0, 3, 4)]
-    (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
-    state = state_of(a_gpt(bias=False), config=dict(taylor_order=2))
-    huggingface.export(state, tmp_path, tmp_path / 'other')
-    card = (tmp_path / 'other' / 'README.md').read_text()
-    assert 'Taylor loss T_2' in card and 'without biases' in card and re.findall('"val_ce": (.*)', card) == ['0.03']
+    card = (exported(tmp_path / 'other', a_gpt(bias=False), config=dict(taylor_order=2)) / 'README.md').read_text()
+    assert 'Taylor loss T_2' in card and 'without biases' in card
     options = json.loads((tmp_path / 'other' / 'generation_config.json').read_text())
     assert options | dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) == options  # as sample.py does
 
 
 # What is no GPT-2 ---------------------------------------------------------------------------------------------------
-
-
-class Wide(model.Block):
-    def __init__(self, config):
-        super().__init__(config)
-        self.mlp = torch.nn.ModuleDict(dict(c_fc=torch.nn.Linear(config.n_embd, 8 * config.n_embd),
-                                            c_proj=torch.nn.Linear(8 * config.n_embd, config.n_embd)))
 
 
 class Gated(model.Block):
@@ -188,27 +167,19 @@ class Gated(model.Block):
         self.gate = torch.nn.Parameter(torch.zeros(1))  # does nothing yet
 
 
-def rms_norm(width, bias):
-    return torch.nn.RMSNorm(width)
-
-
 @pytest.mark.parametrize('place, fork, words', [
     (model.F, dict(gelu=lambda x, approximate: x.relu() ** 2), 'its logits on random tokens differ'),
-    (model.nn, dict(LayerNorm=rms_norm), 'its logits'),
     (model.GPT, dict(logits=lambda self, hidden: 0.1 * torch.tanh(10 * self.lm_head(hidden))), 'its logits'),
-    (model, dict(Block=Wide), r'its weights \(transformer.h.0.mlp.c_fc.bias\) differ'),
     (model, dict(Block=Gated), r'its weights \(transformer.h.0.gate\) differ')])
-@pytest.mark.parametrize('scorer', [False, True])
-def test_a_forked_architecture_is_refused(tmp_path, monkeypatch, place, fork, words, scorer):
+def test_a_forked_architecture_is_refused(tmp_path, monkeypatch, place, fork, words):
     for name, replacement in fork.items():
         monkeypatch.setattr(place, name, replacement)
     gpt = GPT(GPTConfig(257, *SHAPES[0], bias=False)).eval()  # as at the start of training
-    state = state_of(gpt)
-    if scorer:
-        state = state_of(gpt, reward_model=ScalarHead(gpt).state_dict())
-        del state['model']
-    with pytest.raises(Refusal, match=f'--export_hf writes GPT-2 only and this model is none: {words}'):
-        huggingface.export(state, 'no_run', tmp_path / 'out')
+    scorer = state_of(gpt, reward_model=ScalarHead(gpt).state_dict())
+    del scorer['model']
+    for state in (state_of(gpt), scorer):
+        with pytest.raises(Refusal, match=f'--export_hf writes GPT-2 only and this model is none: {words}'):
+            huggingface.export(state, 'no_run', tmp_path / 'out')
     assert not list(tmp_path.iterdir())
 
 
@@ -236,27 +207,17 @@ def test_training_starts_from_it_and_resumes_without_it(tmp_path, foreign, monke
     train.main(train_config(tmp_path / 'cut', stop_step=5))
     monkeypatch.setattr(train, 'open_start', None)  # the start may be gone by then
     train.main(train_config(tmp_path / 'cut', resume=True))
-    test_train.assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
+    assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
     with pytest.raises(Refusal, match='init_from is foreign in the checkpoint, start here'):
         train.main(train_config(tmp_path / 'cut', resume=True, init_from='start'))
 
 
-def test_training_starts_from_a_run_of_ours(tmp_path):
-    train.main(train_config(tmp_path / 'run', init_from='start', **STILL))
-    state, start = load_checkpoint(tmp_path / 'run'), load_checkpoint('start', 'best.pt')
-    assert state['model_config'] == dict(start['model_config'], block_size=32, dropout=0.0)
-    assert torch.equal(state['model']['transformer.wpe.weight'], start['model']['transformer.wpe.weight'][:32])
-
-
 def test_preferences_start_from_it_cropped(tmp_path, foreign):
     changes = dict(init_from='foreign', block_size=60, iterations=2, max_new_tokens=20)
-    preference.main(test_preference.config(tmp_path / 'whole', 'spin', **changes))
-    assert load_checkpoint(tmp_path / 'whole')['model_config']['block_size'] == 60
-    start, kept = start_from(foreign, 60)['model'], load_checkpoint(tmp_path / 'whole' / 'selves' / '0000.pt')['model']
+    preference.main(test_preference.config(tmp_path / 'run', 'spin', stop_step=1, **changes))
+    assert load_checkpoint(tmp_path / 'run')['model_config']['block_size'] == 60
+    start, kept = start_from(foreign, 60)['model'], load_checkpoint(tmp_path / 'run' / 'selves' / '0000.pt')['model']
     assert all(torch.equal(w, start[name]) for name, w in kept.items())
-    preference.main(test_preference.config(tmp_path / 'cut', 'spin', stop_step=3, **changes))
-    preference.main(test_preference.config(tmp_path / 'cut', 'spin', resume=True, **changes))
-    test_preference.assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
 
 
 def test_names_are_fetched_or_refused(tmp_path, monkeypatch):
@@ -313,23 +274,16 @@ def swapped_tokens(out):
 @pytest.mark.parametrize('change, words', [
     (with_config(model_type='llama'), "our GPT cannot express model_type='llama'"),
     (with_config(activation_function='relu'), "cannot express activation_function='relu' .* only 'gelu_new'"),
-    (with_config(layer_norm_epsilon=1e-6), 'cannot express layer_norm_epsilon=1e-06'),
-    (with_config(scale_attn_by_inverse_layer_idx=True), 'cannot express scale_attn_by_inverse_layer_idx=True'),
-    (with_config(n_inner=32), 'cannot express n_inner=32'),
     (with_config(n_layer=2), 'lacks transformer.h.1.attn.c_attn.bias; only GPT2LMHeadModel'),
     (with_config(n_positions=40), r'wpe.weight is of shape \(48, 16\), and config.json makes it \(40, 16\)'),
     (with_config(tie_word_embeddings=False), 'lacks lm_head.weight;'),
-    (with_weights(lambda w: w.pop(WTE)), f'lacks {WTE};'),
     (with_weights(lambda w: w.update({'score.weight': torch.ones(2)})), 'holds, beyond a GPT-2, transformer.score.w'),
     (with_weights(lambda w: w.update({'lm_head.weight': w[WTE] + 1})), 'has a lm_head.weight of its own'),
     (with_weights(lambda w: w.update({FC: w[FC].T})), rf'{FC} is of shape \(64, 16\)'),
     (with_weights(lambda w: w[FC].fill_(math.nan)), f'{FC} holds numbers that are not finite'),
-    (with_file('pytorch_model.bin', 'junk'), 'pytorch_model.bin cannot be read .* copy the model again'),
-    (with_file('other', ''), 'cannot be read .*No such file.* one of model.safetensors'),
     (with_file('model.safetensors', 'junk'), 'model.safetensors cannot be read'),
     (with_file('model.safetensors.index.json', '{"weight_map": {"a": "b.safetensors"}}'), 'b.safetensors cannot be '),
     (lambda out: (out / 'config.json').write_text('{'), 'holds no checkpoint'),
-    (lambda out: (out / 'config.json').unlink(), 'holds no checkpoint'),
     (swapped_tokens, "the tokenizer in .* is not the data's, bytes: 'a' is not its token 97")])
 def test_what_is_no_start_is_refused_by_name(tmp_path, change, words):
     out = exported(tmp_path / 'out')
@@ -355,11 +309,6 @@ def test_it_asks_for_safetensors(monkeypatch):
     monkeypatch.setitem(sys.modules, 'safetensors', None)
     with pytest.raises(Refusal, match='pip install safetensors'):
         importlib.reload(huggingface)
-
-
-@pytest.mark.parametrize('options', [{}, dict(prompt='x', export_hf='y'), dict(prompt='x', prompt_file='y')])
-def test_a_prompt_or_a_folder(options):
-    assert 'one of the three' in list(sample.Config(**options).check())[0]
 
 
 # Tokenizers ---------------------------------------------------------------------------------------------------------
@@ -391,7 +340,7 @@ def test_vocabulary_and_merges(tmp_path, learned):
 # The real thing -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('bias, tie_weights', KINDS)
+@pytest.mark.parametrize('bias, tie_weights', [(True, True), (False, False)])
 def test_transformers_reads_what_we_write(tmp_path, bias, tie_weights):
     transformers = pytest.importorskip('transformers')
     gpt = a_gpt(SHAPES[1], bias, tie_weights)
@@ -408,28 +357,3 @@ def test_transformers_reads_what_we_write(tmp_path, bias, tie_weights):
     greedy = lm.generate(prompt, do_sample=False, max_new_tokens=20)[0, prompt.shape[1]:].tolist()
     assert greedy == gpt.generate(prompt.tolist(), 20, temperature=0.0, eot=256)[0]
     assert (lm.generation_config.do_sample, lm.generation_config.top_k) == (True, 0)
-
-
-def test_transformers_reads_our_merges(tmp_path, learned):
-    transformers = pytest.importorskip('transformers')
-    exported(tmp_path / 'out')
-    huggingface.write_tokenizer(tmp_path / 'out', learned[1], 64)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
-    text = TEXT + ' the then he abc abcbc bcbc xx xxxxxxx 123 12 th\n\n\n\n'
-    assert tokenizer(text)['input_ids'] == learned[1].encode_ordinary(text)
-
-
-@pytest.mark.parametrize('shape, tie, dtype, shard', [
-    (SHAPES[0], True, torch.float32, '5GB'), (SHAPES[1], True, torch.float32, '50KB'),
-    (SHAPES[2], False, torch.float32, '5GB'), (SHAPES[1], True, torch.bfloat16, '5GB')])
-def test_we_read_what_transformers_writes(tmp_path, shape, tie, dtype, shard):
-    transformers = pytest.importorskip('transformers')
-    torch.manual_seed(0)
-    sizes = dict(zip(('n_positions', 'n_layer', 'n_head', 'n_embd'), shape))
-    lm = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=257, tie_word_embeddings=tie, **sizes)).eval()
-    for p in lm.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    lm.to(dtype).save_pretrained(tmp_path, max_shard_size=shard)
-    gpt, idx = answers.make_gpt(start_from(tmp_path)), torch.randint(257, (2, shape[0]))
-    with torch.no_grad():
-        assert (lm.float()(idx).logits - gpt.logits(gpt(idx))[..., :257]).abs().max() < 1e-5

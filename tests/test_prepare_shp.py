@@ -3,10 +3,8 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 
 import prepare_shp
 from configurator import Refusal
-from prepare_shp import (Config, Documents, Groups, encoding, eval_batch, eval_length, lm_batch,
+from prepare_shp import (Config, Documents, encoding, eval_batch, eval_length, lm_batch,
                          main, open_dataset, pick_groups, prepare, rankings, read_shp, render)
 from toy_shp import toy_rows
 
@@ -103,7 +101,7 @@ def random_post(rng):
     return {c[2]: c for c in comments}, rows + rows[:1]
 
 
-@pytest.mark.parametrize('seed', range(150))
+@pytest.mark.parametrize('seed', range(40))
 def test_rankings_by_brute_force(seed):
     comments, rows = random_post(random.Random(seed))
     found = rankings([read_shp(r) for r in rows])
@@ -133,13 +131,6 @@ def test_rankings_of_many_posts_and_a_score_ratio():
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
-
-
-def test_bytes_encoding():
-    enc = encoding('bytes')
-    text = 'naïve ☕ \n\n  <|endoftext|>'
-    assert enc.encode_ordinary(text) == list(text.encode()) and enc.decode(enc.encode_ordinary(text)) == text
-    assert (enc.n_vocab, enc.eot_token, enc.name) == (257, EOT, 'bytes')
 
 
 def test_template_boundary_and_no_injection():
@@ -201,37 +192,13 @@ def test_toy_is_made_on_the_spot(monkeypatch, capsys):
     assert os.stat('data/toy/train.bin').st_mtime_ns == before
 
 
-def test_ranked_lines():
-    lines = [dict(prompt=f'q{i}', responses=[f'best {i}', f'good {i}', f'worst {i}'], scores=[9, 2, -1.5])
-             for i in range(40)]
-    meta, data = local(lines)
-    groups = sum((ranked_texts(data.groups(split)) for split in ('train', 'val', 'test')), [])
-    assert sorted(groups) == sorted((render(f'q{i}', '')[0], [f'best {i}', f'good {i}', f'worst {i}'], [9, 2, -1.5])
-                                    for i in range(40))
-    documents = sum((texts(data.documents(split)) for split in ('train', 'val', 'test')), [])
-    assert sorted(documents) == sorted(document(f'q{i}', f'best {i}') for i in range(40))
-    assert [meta['splits'][split]['posts'] for split in ('train', 'val', 'test')] == [36, 2, 2]
-    assert 'cut from train by prompt' in meta['rule']
-
-
-def test_too_few_prompts_to_split():
-    with pytest.raises(Refusal, match='rows.jsonl has 2 prompts, too few to hold some out'):
-        local([dict(prompt=f'q{i}', responses=['a', 'b']) for i in range(2)])
-
-
-def test_split_by_prompt_keeps_a_prompt_together():
-    lines = [dict(prompt=f'q{i % 30}', responses=[f'a{i}', f'b{i}']) for i in range(120)]
-    _, data = local(lines)
-    prompts = [{p for p, _, _ in ranked_texts(data.groups(split))} for split in ('train', 'val', 'test')]
-    assert sum(map(len, prompts)) == 30 == len(set.union(*prompts)) and all(prompts)
-
-
 def test_one_bad_answer_is_dropped_and_counted():
     bad = [None, ' ', 7, 'x' * 2 ** 18 + 'x', '\0']
     lines = [dict(prompt=f'q{i}', responses=['best', bad[i % 5], 'good', 'worst'], scores=[9, 8, 7, 6])
              for i in range(50)]
     lines += [dict(prompt=f'r{i}', responses=['best', 'lost', 'worst'], scores=[9, None, 6]) for i in range(10)]
     meta, data = local(lines, max_bad_fraction=0.0)
+    assert [meta['splits'][split]['posts'] for split in ('train', 'val', 'test')] == [54, 3, 3]
     assert meta['rows']['train'] == {'read': 60, 'kept': 60} and meta['dropped_answers']['train'] == {
         'an answer is missing or null': 10, 'an answer is empty': 10, 'an answer is not text': 10, 'an answer holds a '
         'NUL or half a surrogate pair': 10, 'an answer is longer than 262144 characters': 10,
@@ -241,7 +208,7 @@ def test_one_bad_answer_is_dropped_and_counted():
                                      (['best', 'worst'], [9, 6]))
 
 
-@pytest.mark.parametrize('seed', range(40))
+@pytest.mark.parametrize('seed', range(20))
 def test_ties_are_no_preference(seed):
     """Every strict preference once, none between equals; the chain has the first answer of each tie."""
     rng = random.Random(seed)
@@ -256,29 +223,13 @@ def test_ties_are_no_preference(seed):
     assert ratio or not found or found[0].scores == tuple(sorted(set(scores), reverse=True))
 
 
-def test_a_reader_of_ones_own(monkeypatch):
-    def mine(r):
-        return prepare_shp.Ranking(r['uid'], r['question'], r['replies'], r['votes'])
-
-    monkeypatch.setattr(prepare_shp, 'READERS', [(('question', 'replies'), mine), *prepare_shp.READERS])
-    _, data = local([dict(uid=f'u{i}', question=f'q{i}', replies=['bad', 'good'], votes=[1, 2]) for i in range(40)])
-    groups = data.groups('train')
-    assert ranked_texts(groups)[0] == (render('q' + groups.ids[0][1:], '')[0], ['good', 'bad'], [2, 1])
-
-
-def test_home_folder_of_a_source(work, monkeypatch):
+def test_several_files_and_the_home_folder(work, monkeypatch):
     monkeypatch.setenv('HOME', str(work))
-    write('home/rows.jsonl', [row(post_id=f'{i}', history=f'{i}') for i in range(30)])
-    cfg = Config(dataset='d', source='~/home/rows.jsonl', encoding='bytes')
-    prepare(cfg)
-    assert open_dataset(cfg).fingerprint == open_dataset(Config(dataset='d', source='home/rows.jsonl')).fingerprint
-
-
-def test_several_files():
-    write('a.jsonl', [row(post_id=f'a{i}', history=f'a{i}') for i in range(30)])
+    write('home/a.jsonl', [row(post_id=f'a{i}', history=f'a{i}') for i in range(30)])
     write('b.jsonl', [dict(prompt=f'b{i}', responses=['x', 'y']) for i in range(30)])
-    meta = prepare(Config(dataset='d', source='a.jsonl,b.jsonl', encoding='bytes'))
+    meta = prepare(Config(dataset='d', source='~/home/a.jsonl,b.jsonl', encoding='bytes'))
     assert meta['rows']['train'] == {'read': 60, 'kept': 60}
+    assert open_dataset(Config(dataset='d', source='home/a.jsonl,b.jsonl')).meta['options'] == meta['options']
 
 
 # Options -------------------------------------------------------------------------------------------------------------
@@ -310,13 +261,6 @@ def test_filters():
     assert meta['rows']['train']['kept'] == high == len(rows['train']) - meta['rows']['train']['below min_score_ratio']
     with pytest.raises(Refusal, match='of domain askxx.*of domain'):
         prepare(Config(dataset='c', source='shp', encoding='bytes', domains=('askxx',)))
-    shuffled = random.Random(0).sample(rows['train'], len(rows['train']))
-    write('flat/train.json', sorted(shuffled, key=lambda r: int(r['post_id'].removeprefix('train'))))  # domains mixed
-    cut = Config(dataset='e', source='flat', encoding='bytes', split='row', max_rows=60)
-    prepare(cut)
-    first = texts(open_dataset(cut).documents('train')) + texts(open_dataset(cut).documents('val'))
-    assert len(first) == 60 and set(first) <= {document(r['history'], r[f"human_ref_{'BA'[r['labels']]}"])
-                                              for r in rows['train'] if r['domain'] == rows['train'][0]['domain']}
 
 
 def test_cut_answers_have_no_end_of_text_and_equal_ones_are_lost():
@@ -332,18 +276,14 @@ def test_cut_answers_have_no_end_of_text_and_equal_ones_are_lost():
         pick_groups(data.groups('train'), 0, 0, 2)
 
 
-@pytest.mark.parametrize('name', ['../../x', '/tmp/x', '.x', 'a/b', 'a b', 'a\n', '..'])
-def test_dataset_name(name):
-    assert list(Config(dataset=name).check())
-    with pytest.raises(Refusal, match='folder name'):
-        prepare(Config(dataset=name, source='toy'))
-
-
 def script(*args, **kwargs):
     return subprocess.run([sys.executable, ROOT / 'prepare_shp.py', *args], capture_output=True, text=True, **kwargs)
 
 
-def test_exit_codes():
+def test_names_and_exit_codes():
+    for name in ('../../x', '/tmp/x', '.x', 'a b', 'a\n', '..'):
+        with pytest.raises(Refusal, match='folder name'):
+            prepare(Config(dataset=name, source='toy'))
     done = script('--dataset=../../x', '--source=toy')
     assert done.returncode == 2 and 'folder name' in done.stderr and 'Traceback' not in done.stderr
     write('bad.jsonl', [dict(question='?', reply='!')])
@@ -365,22 +305,17 @@ def test_report(capsys):
 
 BAD = {
     'history is missing or null': row(history=None),
-    'human_ref_B is missing or null': {k: v for k, v in row().items() if k != 'human_ref_B'},
     'human_ref_B is not text': row(human_ref_B=3),
     'human_ref_B is empty': row(human_ref_B=' \n\t'),
-    'history is empty': row(history=''),
     'post_id is not text': row(post_id=7),
     'labels is neither 0 nor 1': row(labels=-1),
     'score_A is not a finite number': row(score_A=float('nan')),
-    'score_B is not a finite number': row(score_B='3'),
     'created_at_utc_A is not a finite number': row(created_at_utc_A=True),
     'label contradicts scores or times': row(labels=0),
     'history holds a NUL or half a surrogate pair': row(history='a\0b'),
-    'human_ref_A holds a NUL or half a surrogate pair': row(human_ref_A='\ud800'),
     'human_ref_A is longer than 262144 characters': row(human_ref_A='x' * 30_000_000),
     'it has fewer than two answers': dict(prompt='q', responses=['a']),
     'its answers are not a list': dict(prompt='q', responses='ab'),
-    'an answer is empty': dict(prompt='q', responses=['a', ' ']),
     'scores rise from one response to the next': dict(prompt='q', responses=['a', 'b'], scores=[1, 2]),
     'scores is not a list as long as the answers': dict(prompt='q', responses=['a', 'b'], scores=[2]),
     'prompt is missing or null': dict(chosen='a', rejected='b'),
@@ -406,50 +341,23 @@ def test_too_many_bad_rows_stop_everything():
     local(rows + [row(labels=2)] * 3)
 
 
-@pytest.mark.parametrize('content, words', [
-    (b'\x1f\x8b\x08\x00\xff\xfe\x00\n\x9c', 'not UTF-8'), (b'', 'no usable'),
-    (b'[{"prompt": "q"},\n{"prompt": "r"}]', 'not JSON'), ('{"history": "é"}'.encode('latin-1'), 'not UTF-8')])
-def test_bad_files(content, words):
-    Path('f.jsonl').write_bytes(content)
-    with pytest.raises(Refusal, match=words):
-        prepare(Config(dataset='d', source='f.jsonl', encoding='bytes'))
-    assert not Path('data/d').exists()
-
-
-def test_missing_files():
+def test_bad_files():
     Path('empty').mkdir()
-    for source, words in (('nowhere.jsonl', 'nowhere.jsonl does not exist'), ('empty', 'neither train.json')):
+    Path('empty.jsonl').touch()
+    Path('gzip.jsonl').write_bytes(b'\x1f\x8b\x08\x00\xff\xfe\x00\n\x9c')
+    Path('array.jsonl').write_bytes(b'[{"prompt": "q"},\n{"prompt": "r"}]')
+    write('two.jsonl', [dict(prompt=f'q{i}', responses=['a', 'b']) for i in range(2)])
+    for source, words in (('gzip.jsonl', 'not UTF-8'), ('array.jsonl', 'not JSON'), ('empty.jsonl', 'no usable'),
+                          ('two.jsonl', 'has 2 prompts, too few to hold some out'),
+                          ('nowhere.jsonl', 'nowhere.jsonl does not exist'), ('empty', 'neither train.json')):
         with pytest.raises(Refusal, match=words):
             prepare(Config(dataset='d', source=source, encoding='bytes'))
     with pytest.raises(Refusal, match='--dataset=NAME'):
         prepare(Config(source='empty'))
+    assert not Path('data').exists()
 
 
 # Killed, concurrent, damaged -----------------------------------------------------------------------------------------
-
-
-def test_existing_dataset_is_kept():
-    rows = [row(post_id=f'{i}', history=f'{i}') for i in range(30)]
-    meta, _ = local(rows)
-    with pytest.raises(Refusal, match='overwrite=True'):
-        prepare(Config(dataset='d', source='rows.jsonl', encoding='bytes'))
-    other, data = local(rows[:20])
-    assert other['sha256'] != meta['sha256'] and data.meta['rows']['train']['read'] == 20
-    assert sorted(os.listdir('data')) == ['d'] and 'replaced' not in os.listdir('data/d')
-
-
-def test_killed_prepare_leaves_no_name():
-    write('rows.jsonl', toy_rows('train', 1500, 0))
-    options = ['--dataset=d', '--source=rows.jsonl', '--encoding=bytes']
-    process = subprocess.Popen([sys.executable, ROOT / 'prepare_shp.py', *options], stdout=subprocess.DEVNULL)
-    deadline = time.time() + 30
-    while time.time() < deadline and not list(Path().glob('data/.d.tmp-*')):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert [p.name for p in Path('data').iterdir()] == [f'.d.tmp-{process.pid}']
-    assert script(*options).returncode == 0
-    assert os.listdir('data') == ['d'] and open_dataset(Config(dataset='d', encoding='bytes')).meta
 
 
 def test_concurrent_prepares():
@@ -514,7 +422,7 @@ def test_batches_are_pure(cut):
         parts = [lm_batch(DOCUMENTS, cut, 16, 3, 5, 12, slice(r, None, ranks)) for r in range(ranks)]
         for w, p in zip(whole, zip(*parts)):
             assert torch.equal(w, torch.stack(p, 1).flatten(0, 1)) and w.dtype == torch.int64 and w.shape == (12, 16)
-    for rows in (range(4, 7), np.array([11, 0]), [2], range(0)):
+    for rows in (np.array([11, 0]), range(0)):
         part = lm_batch(DOCUMENTS, cut, 16, 3, 5, 12, rows)
         assert all(torch.equal(p, w[list(rows)]) for p, w in zip(part, whole))
     assert not torch.equal(whole[0], lm_batch(DOCUMENTS, cut, 16, 3, 6, 12)[0])
@@ -553,7 +461,7 @@ def test_examples_are_passes():
     assert [idx[i].tolist() for i in range(77)] == [whole_document(d, block)[0] for d in drawn]
 
 
-@pytest.mark.parametrize('block', [1, 2, 16, 25, 125, 126, 300])
+@pytest.mark.parametrize('block', [1, 25, 125, 300])
 def test_evaluation_is_complete(block):
     count = eval_length(DOCUMENTS, 'stream', block)
     idx, targets, leaked = (torch.cat(x).flatten() for x in zip(*(
@@ -570,46 +478,23 @@ def test_evaluation_is_complete(block):
         assert leaked[d].tolist() == [bool(DOCUMENTS.leaked[d]) and t >= 0 for t in targets[d].tolist()]
 
 
-def test_empty_split():
-    empty = Documents(np.zeros(0, np.uint16), np.zeros(1, np.int64), np.zeros(0, np.bool_))
-    for cut, block in (('stream', 1), ('stream', 8), ('examples', 8)):
-        with pytest.raises(Refusal):
-            eval_length(empty, cut, block)
-        with pytest.raises(Refusal):
-            lm_batch(empty, cut, block, 0, 0, 2)
-
-
-def some_groups():
-    """7 groups of 2 to 6 answers; the prompt is 1000 + group, the answers 100 * group + rank, repeated."""
-    rng, pieces, prompts, answers, first = np.random.default_rng(0), [], [], [], [0]
-    for g in range(7):
-        prompts.append(len(pieces))
-        pieces.append(np.arange(1000 * (g + 1), 1000 * (g + 1) + rng.integers(1, 30), dtype=np.uint16))
-        for k in range(g % 5 + 2):
-            answers.append(len(pieces))
-            pieces.append(np.full(rng.integers(1, 12), 100 * g + k, np.uint16))
-        first.append(len(answers))
-    return Groups(np.concatenate(pieces), np.cumsum([0, *map(len, pieces)]), np.array(prompts), np.array(answers),
-                  np.array(first), np.array([10.0 - k for g in range(7) for k in range(g % 5 + 2)]),
-                  np.array([f'post{g}' for g in range(7)]))
-
-
-@pytest.mark.parametrize('max_answers', [0, 2, 3, 4])
+@pytest.mark.parametrize('max_answers', [0, 3])
 def test_groups_are_picked_in_epochs_and_subsets_keep_the_order(max_answers):
-    groups, seen, subsets = some_groups(), [], set()
-    for step in range(14):
+    _, data = local([dict(prompt=f'{i}', responses=[f'{i}, {k}' for k in range(i % 5 + 2)]) for i in range(10)])
+    groups, seen, subsets = data.groups('train'), [], set()
+    for step in range(12):
         picked = pick_groups(groups, 1, step, 6, max_answers)
         assert picked == pick_groups(groups, 1, step, 6, max_answers)
         for group in picked:
-            g, size = group.number, groups.first[group.number + 1] - groups.first[group.number]
-            assert group.id == f'post{g}' and group.prompt == groups.piece(groups.prompts[g]).tolist()
-            ranks = [answer[0] - 100 * g for answer in group.answers]
-            assert ranks == sorted(set(ranks)) and len(ranks) == min(size, max_answers or size)
-            assert group.answers == [groups.piece(groups.answers[groups.first[g] + k]).tolist() for k in ranks]
-            seen.append(g)
-            subsets.add((g, tuple(ranks)))
-    assert all(sorted(seen[i:i + 7]) == list(range(7)) for i in range(0, 84, 7))
-    assert max_answers == 0 or len(subsets) > 7  # the subsets vary
+            i = bytes(group.prompt).decode().split()[0]
+            found = [bytes(answer[:-1]).decode().split(', ') for answer in group.answers]
+            ranks = [int(k) for _, k in found]
+            assert ranks == sorted(set(ranks)) and len(ranks) == min(int(i) % 5 + 2, max_answers or 9)
+            assert {of for of, _ in found} == {i} and group.id == groups.ids[group.number]
+            seen.append(group.number)
+            subsets.add((i, *ranks))
+    assert all(sorted(seen[n:n + 8]) == list(range(8)) for n in range(0, 72, 8))
+    assert max_answers == 0 or len(subsets) > 8  # the subsets vary
 
 
 # gpt2 ----------------------------------------------------------------------------------------------------------------
