@@ -553,7 +553,7 @@ def main(cfg):
             if at.step % per_iteration:
                 batch = read_iteration(lab, at.step // per_iteration, at.digest)
             del state
-        machine.on_rank_0(lambda: start_files(cfg, at.step))
+        machine.on_rank_0(lambda: start_files(cfg, at.step, script='preference.py'))
         machine.on_rank_0(lambda: start_folders(lab, at.step))
         metrics, samples_log = Metrics(cfg, machine, at.step), Metrics(cfg, machine, at.step, 'samples.jsonl')
         evaluation = Evaluation(lab, method, samples_log)
@@ -698,6 +698,9 @@ def open_lab(cfg, machine, data):
     cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * updates_per_iteration(lab)))
     if lab.cfg.max_iters > cfg.max_iters:
         machine.print(f'note: max_iters={lab.cfg.max_iters}, but iterations={cfg.iterations} end after {cfg.max_iters}')
+    if cfg.max_iters < 20:
+        machine.print(f'note: {cfg.max_iters} update(s) in all; a smaller groups_per_step, or more iterations or '
+                      'inner_epochs, make more')
     for note in run_notes(cfg):
         machine.print(f'note: {note}')
     return lab._replace(cfg=cfg)

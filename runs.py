@@ -318,7 +318,8 @@ def finish(cfg, machine, stop, step, done, seconds, hint=''):
     """The last lines of a run whose state is saved: a picture if it is done, the exit code if a signal has ended it."""
     signals = machine.sum(stop.flags())  # one may have come since the loop last looked
     if any(signals) or not done:
-        machine.print(f'stopped after step {step}, saved {cfg.out_dir}; continue with --resume=True')
+        machine.print(f'stopped after step {step}, saved {cfg.out_dir}; continue with --resume=True '
+                      f'--out_dir={cfg.out_dir}')
     if any(signals):
         sys.exit(128 + next(number for number, came in zip(STOP_SIGNALS, signals) if came))
     if machine.rank == 0 and done:
@@ -570,10 +571,10 @@ def load_run(cfg, option, encoding):
     if config.is_file():
         command = f'python {header(config)[1]} {config}'
     else:
-        command = f'python {"preference.py" if option == "reward_model" else "train.py"} --out_dir={where}' + ''.join(
-            f' --{name}={getattr(cfg, name)}' for name in ('dataset', 'source', 'encoding') if getattr(cfg, name))
+        options = [f'--out_dir={where}', f'--dataset={cfg.dataset}' if cfg.dataset else f'--source={cfg.source}']
         if option == 'reward_model':
-            command += f' --method=reward --init_from={cfg.init_from} --max_new_tokens={cfg.max_new_tokens}'
+            options += ['--method=reward', f'--init_from={cfg.init_from}', f'--max_new_tokens={cfg.max_new_tokens}']
+        command = ' '.join(['python', 'preference.py' if option == 'reward_model' else 'train.py', *options])
     raise Refusal(f'{option}={folder or repr("")} holds no checkpoint; make one with: {command}, or name the folder of '
                   f'another run with --{option}=DIR')
 
