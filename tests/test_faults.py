@@ -254,21 +254,17 @@ def test_signals_stop_both_ranks_at_one_step(tmp_path, kind, number, receivers):
     assert step >= 20 and f'stopped after step {step}, saved' in ranks.output
 
 
-@pytest.mark.parametrize('kind, name, bad, calls, code, words', [
-    ('ppo', 'preference.ppo_value_loss', 'nan', (3, 4), 0, 'its update is skipped'),
-    ('dpo', 'preference.plackett_luce_loss', 'nan', range(99), 1, '10 gradients in a row were not finite')])
-def test_a_nan_or_inf_on_one_rank_reaches_no_parameter_of_any(tmp_path, kind, name, bad, calls, code, words):
-    fault = (f'sound, calls = {name}, []\n'
+def test_a_nan_on_one_rank_reaches_no_parameter_of_any(tmp_path):
+    fault = ('sound, calls = preference.ppo_value_loss, []\n'
              'def broken(*args):\n'
              '    calls.append(1)\n'
-             f'    result, factor = sound(*args), float("{bad}") if rank and len(calls) in {calls} else 1.0\n'
-             '    return (result[0] * factor, *result[1:]) if isinstance(result, tuple) else result * factor\n'
-             f'{name} = broken\n')
-    with Ranks(tmp_path, kind, fault, stop_step=11) as ranks:
-        assert ranks.end() == code and words in ranks.output, ranks.output
+             '    return sound(*args) * (float("nan") if rank and len(calls) in (3, 4) else 1.0)\n'
+             'preference.ppo_value_loss = broken\n')
+    with Ranks(tmp_path, 'ppo', fault, stop_step=11) as ranks:
+        assert ranks.end() == 0 and 'its update is skipped' in ranks.output, ranks.output
     state = load_checkpoint(tmp_path / 'run')
-    assert state['skipped'] in ((1, 2) if code == 0 else (10,))
-    assert all(w.isfinite().all() for part in {'model', 'critic'} & set(state) for w in state[part].values())
+    assert state['skipped'] in (1, 2)
+    assert all(w.isfinite().all() for part in ('model', 'critic') for w in state[part].values())
 
 
 def test_ranks_must_find_the_same_checkpoint(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import prepare_shp
 from toy_shp import toy_rows
 
 ROOT = Path(__file__).parent.parent
@@ -51,10 +52,11 @@ def train_and_resume(folder, script='train.py', **options):
 
 
 @pytest.fixture
-def prepared(tmp_path):
-    def prepare(number, rows='rows.jsonl'):
+def prepared(tmp_path, monkeypatch):
+    def prepare(number):
         fork(tmp_path, number)
-        run(tmp_path, 'prepare_shp.py', dataset='small', encoding='bytes', source=rows)
+        monkeypatch.chdir(tmp_path)
+        prepare_shp.prepare(prepare_shp.Config(dataset='small', encoding='bytes', source='rows.jsonl'))
         return tmp_path
     return prepare
 
@@ -91,12 +93,12 @@ def test_another_architecture_is_not_exported(prepared):
     assert not (folder / 'hf').exists()
 
 
-def test_another_schema(prepared, tmp_path):
+def test_another_schema(tmp_path):
     rows = [dict(question=f'{i}?', replies=[dict(text=f'{k} {i}', votes=k) for k in range(3)]) for i in range(60)]
     (tmp_path / 'mine.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    folder = prepared(3, 'mine.jsonl')
-    assert '60' in run(folder, 'prepare_shp.py', dataset='again', encoding='bytes', source='mine.jsonl')
-    train_and_resume(folder, **dict(OPTIONS, source='mine.jsonl', block_size=8))
+    fork(tmp_path, 3)
+    assert '60' in run(tmp_path, 'prepare_shp.py', dataset='small', encoding='bytes', source='mine.jsonl')
+    train_and_resume(tmp_path, **dict(OPTIONS, source='mine.jsonl', block_size=8))
 
 
 def test_another_method(prepared):

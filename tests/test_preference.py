@@ -451,12 +451,12 @@ def test_resume_is_bit_exact(tmp_path, method):
 @pytest.mark.parametrize('method', ['ppo', *(pytest.param(name, marks=pytest.mark.soak) for name in METHODS
                                              if name != 'ppo')])
 def test_two_ranks_equal_one(tmp_path, method):
-    """The same losses and evaluations with 2 gloo ranks, which hand over to one process and take over again."""
+    """The same losses and evaluations with 2 gloo ranks, which take over from one process and hand back."""
     options, one, two = dict(groups_per_iteration=10, groups_per_step=5, micro_groups=2), tmp_path / '1', tmp_path / '2'
     preference.main(config(one, method, **options))
-    succeed(command(two, method, '--stop_step=3', ranks=2, **options))
-    preference.main(config(two, method, resume=True, stop_step=5, **options))
-    succeed(command(two, method, '--resume=True', ranks=2, **options))
+    preference.main(config(two, method, stop_step=2, **options))
+    succeed(command(two, method, '--resume=True', '--stop_step=10', ranks=2, **options))
+    preference.main(config(two, method, resume=True, **options))
     for a, b in zip(*(metrics(out, 'train') + metrics(out, 'eval') for out in (one, two)), strict=True):
         assert (a.pop('event'), a.pop('step'), a.keys()) == (b.pop('event'), b.pop('step'), b.keys())
         for key in a:

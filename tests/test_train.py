@@ -97,12 +97,12 @@ def test_accumulation_changes_nothing(tmp_path):
 
 
 def test_two_ranks_equal_one_and_hand_over(tmp_path):
-    """The same losses, evaluations and gradients with 2 gloo ranks; what they saved, one process resumes, and back."""
+    """The same losses, evaluations and gradients with 2 gloo ranks, which take over from one process and hand back."""
     options = dict(cut='examples', taylor_order=2, micro_batch_size=2, batch_size=7)
     train.main(config(tmp_path / 'one', **options))
-    succeed(command(tmp_path / 'two', '--stop_step=6', ranks=2, **options))
-    train.main(config(tmp_path / 'two', resume=True, stop_step=9, **options))
-    succeed(command(tmp_path / 'two', '--resume=True', ranks=2, **options))
+    train.main(config(tmp_path / 'two', stop_step=2, **options))
+    succeed(command(tmp_path / 'two', '--resume=True', '--stop_step=10', ranks=2, **options))
+    train.main(config(tmp_path / 'two', resume=True, **options))
     for event in ('train', 'eval'):
         one, two = metrics(tmp_path / 'one', event), metrics(tmp_path / 'two', event)
         assert [line['step'] for line in one] == [line['step'] for line in two]
