@@ -18,10 +18,12 @@ import sample
 import train
 from answers import ROW_TOKENS, cut_answers, make_batch, micro_batches, pack, rewards, select
 from configurator import Refusal, configure
+from conftest import DATASET, metrics
 from model import sample_token
 from runs import load_run
-from test_preference import DATASET, a_run, as_data, config, folder, metrics, work  # folder and work are fixtures
+from test_preference import a_run, as_data, config
 
+pytestmark = pytest.mark.usefixtures('work')
 TRAIN = dict(DATASET, device='cpu', n_layer=1, n_embd=32, block_size=80, cut='examples', batch_size=4, max_iters=10,
              warmup_iters=1, eval_interval=5, log_interval=2)
 
