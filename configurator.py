@@ -111,7 +111,7 @@ def configure(Config, argv=None):
     given, cfg, changed = frozenset(values), Config(**values), []
     if getattr(cfg, 'resume', False) and (path := Path(cfg.out_dir, 'config.json')).is_file():
         before = json.loads(path.read_text(encoding='utf-8'))
-        if (script := before.get('script', SCRIPT)) != SCRIPT:
+        if (script := before.get('script')) not in (None, Path(inspect.getfile(Config)).name):
             say(f'{cfg.out_dir} is a run of {script}: python {script} --resume=True --out_dir={cfg.out_dir}',
                 file=sys.stderr, flush=True)
             sys.exit(2)

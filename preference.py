@@ -553,7 +553,7 @@ def main(cfg):
             if at.step % per_iteration:
                 batch = read_iteration(lab, at.step // per_iteration, at.digest)
             del state
-        machine.on_rank_0(lambda: start_files(cfg, at.step, script='preference.py'))
+        machine.on_rank_0(lambda: start_files(cfg, at.step))
         machine.on_rank_0(lambda: start_folders(lab, at.step))
         metrics, samples_log = Metrics(cfg, machine, at.step), Metrics(cfg, machine, at.step, 'samples.jsonl')
         evaluation = Evaluation(lab, method, samples_log)

@@ -5,6 +5,7 @@ A reader may skip this file: train.py and preference.py can be understood withou
 import atexit
 import contextlib
 import fcntl
+import inspect
 import json
 import math
 import os
@@ -308,7 +309,8 @@ def delete_run(out):
 def start_files(cfg, step, **more):
     """config.json; and checkpoints beyond the one resumed, which could not be read, are set aside."""
     out = Path(cfg.out_dir)
-    write_whole(out / 'config.json', json.dumps(dict(asdict(cfg), **more), indent=1))  # the first write
+    script = Path(inspect.getfile(type(cfg))).name
+    write_whole(out / 'config.json', json.dumps(dict(asdict(cfg), script=script, **more), indent=1))  # the first write
     for path in checkpoints(out):
         if path.name > f'ckpt_{step:08d}.pt':
             path.rename(path.with_suffix('.damaged'))

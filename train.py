@@ -151,7 +151,7 @@ def main(cfg, loss_of=None):
                 step, tokens, seconds, best = (state[name] for name in ('step', 'tokens', 'seconds', 'best'))
                 saved_step = step or None                     # of step 0 there is no checkpoint yet
             del state                                         # a second copy of the optimizer
-        machine.on_rank_0(lambda: start_files(cfg, step, script='train.py', loss=loss_name(loss_of)))
+        machine.on_rank_0(lambda: start_files(cfg, step, loss=loss_name(loss_of)))
         metrics, start_time = Metrics(cfg, machine, step), time.perf_counter() - seconds
 
         def save(name=None, **more):
