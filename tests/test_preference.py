@@ -131,6 +131,29 @@ def slow_reward(scorer, prompt, answer):
     return (scalar[-1] if scorer.read == 'last' else scalar[len(prompt):].sum()) + scorer.offset[0]
 
 
+def test_cheap_rankers_find_what_there_is_to_find(tmp_path):
+    """Three pairs of four are won by the shorter answer, though losers are shorter on average; id 98 always wins."""
+    lab, method = a_run(tmp_path, 'dpo', eval_groups=0)
+    pairs = [([97] * 5, [[98] * 9, [99] * 10])] * 3 + [([97] * 5, [[98] * 20, [99] * 2])]
+    lab.groups.update(train=as_data(*pairs), val=as_data(*pairs))
+    found = an_evaluation(lab, method, None).baselines()
+    assert found['rank_accuracy_length'] == 0.75 and found['rank_accuracy_bag'] == 1.0
+
+
+def test_an_evaluation_runs_each_forward_pass_once(tmp_path):
+    """Rankings and samples under the policy; rankings, once in a run, and samples under the start."""
+    lab, method = a_run(tmp_path, 'dpo')
+    calls = []
+    for name, gpt in dict(policy=method.trained['model'], start=method.reference).items():
+        gpt.register_forward_hook(lambda *x, name=name: calls.append(name) if 'positions' in x[2] else None,
+                                  with_kwargs=True)
+    evaluation = an_evaluation(lab, method, method.trained['model'])
+    for step, expected in ((1, ['policy', 'policy', 'start', 'start']), (2, ['policy', 'policy', 'start'])):
+        calls.clear()
+        evaluation(step)
+        assert sorted(calls) == expected
+
+
 @pytest.mark.parametrize('read', ['last', 'sum'])
 def test_packed_rows_give_what_separate_texts_give(tmp_path, read):
     """Values and gradients in float64, all lengths ragged; neither padding nor the order of prompts changes them."""
