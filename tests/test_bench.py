@@ -8,9 +8,9 @@ import torch
 
 import bench
 from bench import Config, extra_memory, in_own_process
-from runs import setup
+import runs
 
-MACHINE = setup('cpu')
+MACHINE = runs.setup('cpu')
 
 
 def results(contenders, word, calls=1):
