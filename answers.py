@@ -1,50 +1,51 @@
-"""Whole answers under a model: their log-probabilities, rewards and samples, by past selves and by teachers too.
+"""Prompts with their answers through a model: rows of tokens, log-probabilities, rewards, samples, past selves.
 
-Letters: G prompts, K answers a prompt, A tokens an answer, T tokens of a packed row. A batch is a dict of tensors with
-G in front: prepare_shp.group_batch's, and what (G, K) or (G, K, A) a method adds to it.
+Letters: G prompts, K answers a prompt, M answer tokens in all, B rows of T tokens. A batch is a dict of tensors:
+
+    prompt (sum of prompt_length,)    ids of all prompts, one after the other
+    prompt_length (G,)
+    answer (M,)                       ids of all answers, prompt by prompt, best first; with end-of-text where not cut
+    answer_length (G, K)              0 = no such answer
+    group (G,)                        number of the prompt's ranking in the data
+    generator (G, K)                  who wrote the answer: DATA, TEACHER, or t for pi_t
+    log_p (G, K)                      spin, distill, ppo: log pi(y|x) under the self that wrote y
+    ref_log_p (G, K)                  dpo, spin, distill: log pi_ref(y|x), or what token_order puts in its place
+    reward (G, K)                     ppo: the reward model's, less missing_eot_penalty, before it is renormalised
+    old_log_p, value, returns, advantage (M,)    ppo: of each answer token
+
+A tensor has a row for each prompt or one for each answer token; memory follows the number of tokens.
 """
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import prepare_shp
 from configurator import Refusal, progress
 from losses import linear_token_log_prob, taylor_loss
 from model import GPT, GPTConfig, ScalarHead
-from runs import crop, load_checkpoint, not_own_folder, open_start, save_checkpoint
+from runs import Machine, RunConfig, StopSignal, load_checkpoint, save_checkpoint
 
-DATA, TEACHER = -1, -2   # who wrote an answer; t >= 0 is pi_t
+DATA, TEACHER = -1, -2  # who wrote an answer; t >= 0 is pi_t
 MASK_ENTRIES = 2 ** 25  # of attention's masks, that a micro-batch may hold
+ROW_TOKENS = 2048       # beyond which a prompt's next answer begins another row: masks grow with a row's square
 
 
-@dataclass
-class Run:
-    """What the methods share: the run's modules by name, its data, and where it stands."""
-    cfg: object             # preference.Config
-    method: object          # preference.Method
-    machine: object         # train.Machine
-    groups: dict            # split -> prepare_shp.Groups
-    encoding: object
-    trained: dict           # name -> module; 'model' is the policy
-    frozen: dict            # name -> module
-    ddp: dict               # trained modules as the loss calls them
-    stop: object            # train.StopSignal
-    step: int = 0
-    sampled_tokens: int = 0
-    selves: dict = field(default_factory=dict)  # t -> sha256 of the weights of pi_t
-    known: dict = field(default_factory=dict)   # what evaluations need again and again: made once
-
-    @property
-    def block_size(self):
-        return next(iter(self.trained.values())).config.block_size
-
-    def forward(self, name):
-        """The trained module as updates call it, or where there is no gradient to share, itself."""
-        return self.ddp[name] if torch.is_grad_enabled() else self.trained[name]
+class Lab(NamedTuple):
+    """What stays the same during a run, and most functions here need."""
+    cfg: RunConfig            # preference.Config
+    machine: Machine
+    encoding: tiktoken.Encoding
+    groups: dict              # split -> prepare_shp.Groups
+    block_size: int           # of the policy
+    stop: StopSignal
+    start: dict               # the start's checkpoint: model, model_config
+    selves: object            # Selves
 
 
 class Stopped(Exception):
@@ -54,250 +55,266 @@ class Stopped(Exception):
 # Rows of answers -----------------------------------------------------------------------------------------------------
 
 
-def group_batch(picked, block_size, max_answer_length=0):
-    """list of Group -> dict of padded int64 tensors, every field with G in front, best answers first:
-
-        prompt (G, P), prompt_length (G,), answer (G, K, A), answer_length (G, K), 0 = no such answer, group (G,)
-
-    A prompt and any of its answers fit into the block: an answer is cut to max_answer_length (0 = the block less one),
-    without its end-of-text then, and a prompt that is too long for the longest answer loses its beginning.
+def cut_prompts(lab, groups):
+    """list of Group -> the same, prompts cut to their last block_size - max_new_tokens tokens, whatever their answers.
     """
-    limit = max_answer_length or block_size - 1
-    answers = [[answer[:limit] for answer in group.answers] for group in picked]
-    prompts = [group.prompt[-(block_size - max(map(len, of_group))):] for group, of_group in zip(picked, answers)]
-    K, A = max(map(len, answers)), max(len(answer) for of_group in answers for answer in of_group)
-    prompt = np.zeros((len(picked), max(map(len, prompts))), np.int64)
-    answer, length = np.zeros((len(picked), K, A), np.int64), np.zeros((len(picked), K), np.int64)
-    for g, (ids, of_group) in enumerate(zip(prompts, answers)):
-        prompt[g, :len(ids)] = ids
-        for k, ids in enumerate(of_group):
-            answer[g, k, :len(ids)], length[g, k] = ids, len(ids)
-    arrays = dict(prompt=prompt, prompt_length=np.array([len(ids) for ids in prompts]), answer=answer,
-                  answer_length=length, group=np.array([group.number for group in picked]))
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    room = lab.block_size - lab.cfg.max_new_tokens
+    return [group._replace(prompt=group.prompt[-room:]) for group in groups]
 
 
-def answer_tokens(batch):
-    """Which places of a group_batch's `answer` hold a token: (G, K, A) bool."""
-    return torch.arange(batch['answer'].shape[2], device=batch['answer'].device) < batch['answer_length'][..., None]
-
-
-class Packed(NamedTuple):
-    """Groups as rows of tokens in which a prompt stands once for all its answers: P - 1 tokens of the prompt, then for
-    each answer the prompt's last token and the answer's own. What GPT.forward takes, and where to read what it gives.
+def cut_answers(lab, groups):
+    """The data's answers get the rest of the block behind their prompt, each cut for itself, then without end-of-text.
     """
-    idx: torch.Tensor        # (G, T) int64
-    targets: torch.Tensor    # (G, T) int64: the next token of the same answer, -1 where there is none
-    positions: torch.Tensor  # (G, T) int64: of a token in its own text, prompt and one answer
-    mask: torch.Tensor       # (G, 1, T, T) bool: a token sees the prompt and what stands before it in its answer
-    place: torch.Tensor      # (G, K, A) int64: where in T each token of an answer is the target
-    end: torch.Tensor        # (G, K) int64: where in T the answer's last token stands
-    inside: torch.Tensor     # (G, K, A) bool: False = padding
-
-    def tokens(self, x, after=0):
-        """x (G, T) -> what it holds where each answer token is the target: (G, K, A), 0 in the padding.
-
-        after=1: where the token itself stands, one place further on.
-        """
-        return x.gather(1, (self.place + after * self.inside).flatten(1)).view(self.place.shape).masked_fill(
-            ~self.inside, 0.0)
-
-    def ends(self, x):
-        """x (G, T) -> what it holds at each answer's last token: (G, K), 0 where there is no answer."""
-        return x.gather(1, self.end).masked_fill(~self.inside[..., 0], 0.0)
+    return [group._replace(answers=[answer[:lab.block_size - len(group.prompt)] for answer in group.answers])
+            for group in cut_prompts(lab, groups)]
 
 
-def pack(batch):
-    """A group_batch -> Packed, on the batch's device."""
-    prompt, stem, answer, length = batch['prompt'], batch['prompt_length'] - 1, batch['answer'], batch['answer_length']
-    (G, K, A), P, device = answer.shape, prompt.shape[1], prompt.device
-    size = length + (length > 0)                                # of an answer's stretch of the row
-    first = stem[:, None] + size.cumsum(1) - size               # where it begins
-    T = int((stem + size.sum(1)).max())                         # column T takes what is padding, and is cut off
-    inside = answer_tokens(batch)
-    place = first[..., None] + torch.arange(A, device=device)
-    stretch = torch.arange(A + 1, device=device).expand(G, K, A + 1)
-    there = torch.where(stretch < size[..., None], first[..., None] + stretch, T).flatten(1)
-    in_prompt = torch.arange(P, device=device).expand(G, P)
-    in_prompt_there = torch.where(in_prompt < stem[:, None], in_prompt, T)
+def usable_rankings(lab, groups):
+    """Drops answers that equal a better one after the cut, then rankings that keep one answer.
 
-    def fill(outside, of_prompt, of_answers):
-        row = torch.full((G, T + 1), outside, device=device)
-        return row.scatter_(1, in_prompt_there, of_prompt).scatter_(1, there, of_answers.flatten(1))[:, :T]
-
-    last = prompt.gather(1, stem[:, None])[:, None].expand(G, K, 1)
-    nothing = torch.full((G, K, A + 1), -1, device=device)
-    idx = fill(0, prompt, torch.cat([last, answer], 2))
-    targets = fill(-1, nothing[:, 0, :1].expand(G, P), torch.where(
-        stretch < length[..., None], torch.cat([answer, nothing[..., :1]], 2), -1))
-    positions = fill(0, in_prompt, stem[:, None, None] + stretch)
-    text = fill(-1, torch.zeros_like(prompt), torch.arange(1, K + 1, device=device)[:, None].expand(G, K, A + 1))
-    before = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    mask = before & ((text[:, :, None] == text[:, None]) | (text[:, None] == 0))
-    return Packed(idx, targets, positions, mask[:, None], place.clamp(max=T - 1),
-                  (first + length).clamp(max=T - 1), inside)
+    prepare_shp.Groups -> Groups, and what was cut and dropped in words ('' for nothing).
+    """
+    length, room = np.diff(groups.offsets), lab.block_size - lab.cfg.max_new_tokens
+    prompt_length = length[groups.prompts]
+    rest = lab.block_size - np.minimum(prompt_length, room)  # for each answer of a prompt
+    sizes = np.diff(groups.first)
+    too_long = length[groups.answers] > np.repeat(rest, sizes)
+    keep = np.ones(len(groups.answers), bool)
+    for g in np.unique(np.repeat(np.arange(len(sizes)), sizes)[too_long]):
+        seen = set()
+        for a in range(groups.first[g], groups.first[g + 1]):
+            answer = groups.piece(groups.answers[a])[:rest[g]].tobytes()
+            keep[a] = answer not in seen
+            seen.add(answer)
+    left = np.add.reduceat(keep, groups.first[:-1]) if len(sizes) else sizes
+    keep &= np.repeat(left > 1, sizes)
+    counts = {'prompts lose their beginning': (prompt_length > room).sum(), 'answers are cut': too_long.sum(),
+              'answers equal a better one then and are left out': (sizes - left)[left > 1].sum(),
+              'rankings keep one answer and are dropped': (left < 2).sum()}
+    kept = groups._replace(prompts=groups.prompts[left > 1], ids=groups.ids[left > 1], answers=groups.answers[keep],
+                           scores=groups.scores[keep], first=np.concatenate([[0], np.cumsum(left[left > 1])]))
+    return kept, ', '.join(f'{n:,} {what}' for what, n in counts.items() if n)
 
 
-
-# Through a model ------------------------------------------------------------------------------------------------------
-
-
-def micro_batch(run, batch, rows):
-    """The groups `rows` of a batch on the device, trimmed to their own longest prompt, ranking and answer."""
-    P = int(batch['prompt_length'][rows].max())
-    K = int((batch['answer_length'][rows] > 0).sum(1).max())
-    A = int(batch['answer_length'][rows].max())
-    trimmed = {}
-    for name, x in batch.items():  # (G,), (G, P) of the prompt, else (G, K) or (G, K, A)
-        size = () if x.ndim == 1 else (P,) if name == 'prompt' else (K, A)[:x.ndim - 1]
-        trimmed[name] = x[rows][(slice(None), *map(slice, size))].to(run.machine.device, non_blocking=True)
-    return trimmed
+def make_batch(groups, generator=DATA):
+    """A list of Group, cut to fit -> a batch; generator: one for all answers, or the list of those of a group."""
+    K = max(len(group.answers) for group in groups)
+    length = [[len(answer) for answer in group.answers] + [0] * (K - len(group.answers)) for group in groups]
+    return dict(prompt=torch.tensor([id for group in groups for id in group.prompt]),
+                prompt_length=torch.tensor([len(group.prompt) for group in groups]),
+                answer=torch.tensor([id for group in groups for answer in group.answers for id in answer]),
+                answer_length=torch.tensor(length), group=torch.tensor([group.number for group in groups]),
+                generator=torch.tensor(generator).expand(len(groups), K).contiguous())
 
 
-def shares(run, batch, rows=None):
-    """The groups `rows` (None: all) of a batch -> this rank's, in micro-batches: a list of tensors of row numbers.
+def token_rows(batch, rows):
+    """Which of a batch's answer tokens belong to the prompts `rows`: (m,), in the order of these prompts."""
+    ends = batch['answer_length'].sum(1).cumsum(0)
+    starts = ends - batch['answer_length'].sum(1)
+    return torch.cat([torch.arange(starts[g], ends[g]) for g in rows])
+
+
+def select(batch, rows):
+    """The prompts `rows` of a batch, with all that belongs to them: tensors with a row for each prompt, or token."""
+    prompts, tokens = batch['prompt'].split(batch['prompt_length'].tolist()), token_rows(batch, rows)
+    chosen = {name: x[rows if len(x) == len(batch['group']) else tokens] for name, x in batch.items()
+              if name != 'prompt'}
+    return dict(chosen, prompt=torch.cat([prompts[g] for g in rows]))
+
+
+def answers_of(batch):
+    """The answers of a batch as lists of ids: G lists of up to K."""
+    pieces = iter(batch['answer'].split(batch['answer_length'][batch['answer_length'] > 0].tolist()))
+    return [[next(pieces).tolist() for length in lengths if length] for lengths in batch['answer_length'].tolist()]
+
+
+class Rows(NamedTuple):
+    """A batch as rows in which a prompt stands once for its answers, each answer seeing the prompt and itself.
+
+    A row is a prompt's; where its answers fill more than ROW_TOKENS, several are.
+    """
+    idx: torch.Tensor        # (B, T)
+    positions: torch.Tensor  # (B, T): of a token in its own text, prompt and one answer
+    mask: torch.Tensor       # (B, 1, T, T) bool: what a token sees
+    place: torch.Tensor      # (M,): where in the flattened rows each answer token is predicted
+    owner: torch.Tensor      # (M,): which of the G * K answers it belongs to
+    end: torch.Tensor        # (G, K): where in the flattened rows an answer's last token stands
+    batch: dict              # on the device, too
+
+    def per_answer(self, x):
+        """x (M,) -> its sums over the tokens of each answer: (G, K)."""
+        length = self.batch['answer_length']
+        return x.new_zeros(length.numel()).index_add(0, self.owner, x).view_as(length)
+
+    def valid(self):
+        return self.batch['answer_length'] > 0
+
+
+def pack(batch, device='cpu'):
+    """A batch -> Rows. A row: the prompt without its last token; then for each answer that token and the answer's."""
+    rows, spans, K = [], [], batch['answer_length'].shape[1]
+    prompts = batch['prompt'].split(batch['prompt_length'].tolist())
+    for g, (prompt, answers) in enumerate(zip(prompts, answers_of(batch))):
+        *before, last = prompt.tolist()
+        P = len(before)
+        for k, answer in enumerate(answers, 1):
+            if k == 1 or len(rows[-1][0]) + len(answer) >= ROW_TOKENS:
+                rows.append((before[:], list(range(P)), [0] * P))
+            idx, positions, text = rows[-1]
+            spans.append((len(rows) - 1, len(idx), len(answer), g * K + k - 1))
+            idx += [last, *answer]
+            positions += range(P, P + len(answer) + 1)
+            text += [k] * (len(answer) + 1)
+    idx, positions, text = (pad_sequence([torch.tensor(x) for x in column], batch_first=True, padding_value=fill)
+                            for column, fill in zip(zip(*rows), (0, 0, -1)))
+    T = idx.shape[1]
+    mask = torch.ones(T, T, dtype=torch.bool).tril() & ((text[:, :, None] == text[:, None]) | (text[:, None] == 0))
+    row, start, length, owner = torch.tensor(spans).T
+    start = row * T + start  # in the flattened rows: where the first token of an answer is predicted
+    place = torch.cat([torch.arange(a, a + n) for a, n in zip(start.tolist(), length.tolist())])
+    end = torch.zeros_like(batch['answer_length'])
+    end[batch['answer_length'] > 0] = start + length
+    packed = idx, positions, mask[:, None], place, owner.repeat_interleave(length), end
+    return Rows(*(x.to(device, non_blocking=True) for x in packed),
+                {name: x.to(device, non_blocking=True) for name, x in batch.items()})
+
+
+def micro_batches(lab, batch, rows=None):
+    """The prompts `rows` (None: all) -> this rank's, in micro-batches: a list of tensors of row numbers.
 
     Sorted by length, so that they hold little padding. Of micro_groups, or where that is 0, of as many as keep the
     masks of attention below MASK_ENTRIES.
     """
     tokens = batch['prompt_length'] + (batch['answer_length'] + 1).sum(1)
     rows = torch.arange(len(tokens)) if rows is None else rows
-    mine = rows[tokens[rows].argsort(stable=True)][run.machine.rank::run.machine.world_size]
+    mine = rows[tokens[rows].argsort(stable=True)][lab.machine.rank::lab.machine.world_size]
     if not len(mine):
         return []
-    return mine.split(run.cfg.micro_groups or max(1, MASK_ENTRIES // int(tokens[mine].max()) ** 2))
+    if lab.cfg.micro_groups:
+        return mine.split(lab.cfg.micro_groups)
+    parts, first = [], 0
+    for i, length in enumerate(tokens[mine].tolist()):  # all rows of a part get as long as its last
+        if i > first and (i + 1 - first) * length * min(length, ROW_TOKENS) > MASK_ENTRIES:
+            parts.append(mine[first:i])
+            first = i
+    return [*parts, mine[first:]]
+
+
+# Through a model -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def for_all_groups(run, batch, function):
-    """function(micro-batch) -> (g, K[, A]) over all groups of a batch, shared among the ranks.
+def for_all(lab, batch, function):
+    """function(Rows) -> dict of tensors, (g, K) or (m,), over all prompts of a batch, shared among the ranks.
 
-    -> (G, K[, A]) on the CPU and the same on every rank, 0 where trimmed. Raises Stopped after a signal.
+    -> dict of (G, K) or (M,) on the CPU, the same on every rank. Raises Stopped after a signal.
     """
     parts = []
-    for rows in progress(shares(run, batch), 'scoring answers', run.machine.print):
-        if run.stop.number:
+    for rows in progress(micro_batches(lab, batch), 'scoring answers', lab.machine.print):
+        if lab.stop.number:
             break
-        parts.append((rows, function(micro_batch(run, batch, rows)).float().cpu()))
-    leave_together(run)
-    parts = sum(run.machine.gather(parts), [])
-    result = torch.zeros(batch['answer'].shape[:parts[0][1].ndim])
-    for rows, part in parts:
-        result[(rows, *map(slice, part.shape[1:]))] = part
+        found = function(pack(select(batch, rows), lab.machine.device))
+        parts.append((rows, {name: x.float().cpu() for name, x in found.items()}))
+    leave_together(lab)
+    parts, result = sum(lab.machine.gather(parts), []), {}
+    for rows, found in parts:
+        for name, x in found.items():
+            per_answer = x.ndim == 2
+            shape = batch['answer_length' if per_answer else 'answer'].shape
+            result.setdefault(name, torch.zeros(shape))[rows if per_answer else token_rows(batch, rows)] = x
     return result
 
 
-def leave_together(run):
-    if any(run.machine.sum(run.stop.flags())):
+def leave_together(lab):
+    if any(lab.machine.sum(lab.stop.flags())):
         raise Stopped
 
 
-def answer_token_log_prob(run, model, forward, batch):
-    """log p of each token of each answer given its prompt: (G, K, A), 0 in the padding. forward: the model, or its DDP.
-    """
-    packed = pack(batch)
-    with run.machine.autocast():
-        return head_log_prob(model, packed, forward(packed.idx, positions=packed.positions, mask=packed.mask))
+def hidden_states(lab, forward, rows):
+    """What a model makes of Rows: (B, T, C), or what a ScalarHead gives."""
+    with lab.machine.autocast():
+        return forward(rows.idx, positions=rows.positions, mask=rows.mask)
 
 
-def head_log_prob(model, packed, hidden):
-    """The head sees only answer tokens, a chunk of logits at a time."""
-    log_p = linear_token_log_prob(hidden.flatten(0, 1), model.lm_head.weight, packed.targets.flatten(),
-                                  model.config.vocab_size)
-    return packed.tokens(log_p.view_as(packed.idx))
+def token_log_probs(lab, model, hidden, rows):
+    """log p of each answer token, (M,): the head sees answer tokens only, a chunk of logits at a time."""
+    with lab.machine.autocast():
+        return linear_token_log_prob(hidden.flatten(0, 1).index_select(0, rows.place), model.lm_head.weight,
+                                     rows.batch['answer'], model.config.vocab_size)
 
 
-def answer_log_prob(log_p, token_order=0):
-    """log pi(y|x) = sum_t log p_t over an answer's tokens, its end-of-text included: (G, K, A) -> (G, K), nats.
+def answer_log_prob(rows, log_p, token_order=0):
+    """log pi(y|x) = sum_t log p_t over an answer's tokens, its end-of-text included: (M,) -> (G, K), nats.
 
     token_order m: -sum_t T_m(p_t) in its place. m = 0 is the log-probability itself.
     """
-    return (-taylor_loss(log_p, token_order) if token_order else log_p).sum(-1)
+    return rows.per_answer(-taylor_loss(log_p, token_order) if token_order else log_p)
 
 
-def log_prob_under(run, model, batch, token_order=0):
-    """log pi(y|x) of all answers under a frozen model: (G, K), by the training path."""
-    return for_all_groups(run, batch,
-                          lambda micro: answer_log_prob(answer_token_log_prob(run, model, model, micro), token_order))
+def log_prob_under(lab, model, batch, token_order=0):
+    """Of all answers under a frozen model: dict(log_p, ordered = what token_order puts in its place), (G, K) each."""
+    def function(rows):
+        log_p = token_log_probs(lab, model, hidden_states(lab, model, rows), rows)
+        return dict(log_p=rows.per_answer(log_p), ordered=answer_log_prob(rows, log_p, token_order))
+    return for_all(lab, batch, function)
 
 
-def rewards(run, scorer, batch):
+def rewards(lab, scorer, batch):
     """r of all answers under a ScalarHead: (G, K), 0 where there is no answer."""
-    return for_all_groups(run, batch, lambda micro: packed_rewards(run, scorer, scorer, micro)[0])
+    return for_all(lab, batch, lambda rows: dict(r=answer_rewards(lab, scorer, scorer, rows)[0]))['r']
 
 
-def packed_rewards(run, scorer, forward, batch):
-    """-> r (G, K), and the hidden states it was read from, with their Packed."""
-    packed = pack(batch)
-    with run.machine.autocast():
-        scalar, offset, hidden = forward(packed.idx, positions=packed.positions, mask=packed.mask)
-    reward = packed.ends(scalar) if scorer.read == 'last' else packed.tokens(scalar, after=1).sum(-1)
-    return (reward + offset).masked_fill(batch['answer_length'] == 0, 0.0), packed, hidden
+def answer_rewards(lab, scorer, forward, rows):
+    """-> r (G, K), and the hidden states that it was read from. forward: the ScalarHead, or its DDP."""
+    scalar, offset, hidden = hidden_states(lab, forward, rows)
+    scalar = scalar.flatten()
+    # place is where a token is predicted, + 1 where it stands
+    r = scalar[rows.end] if scorer.read == 'last' else rows.per_answer(scalar[rows.place + 1])
+    return (r + offset).masked_fill(~rows.valid(), 0.0), hidden
 
 
-def token_values(run, critic, batch):
-    """V before each token of each answer, (G, K, A)."""
-    packed = pack(batch)
-    with run.machine.autocast():
-        scalar, offset, _ = critic(packed.idx, positions=packed.positions, mask=packed.mask)
-    return packed.tokens(scalar + offset)
+# Samples -------------------------------------------------------------------------------------------------------------
 
 
-# Samples --------------------------------------------------------------------------------------------------------------
-
-
-def sample(run, model, prompts, iteration, who):
+def sample(lab, model, prompts, iteration, who):
     """One answer of `model` to each prompt at temperature 1: lists of ids -> lists of ids, the same on every rank.
 
     Shared among the ranks. Uniform numbers are a function of (seed, iteration, who, place), so that the number of ranks
     changes nothing but rounding. Raises Stopped after a signal.
     """
-    cfg, eot = run.cfg, run.encoding.eot_token
+    cfg, machine = lab.cfg, lab.machine
     rng = np.random.default_rng((5, cfg.seed, iteration, who))
     uniform = torch.from_numpy(rng.random((len(prompts), cfg.max_new_tokens), np.float32))
-    mine = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[run.machine.rank::run.machine.world_size]
+    mine = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[machine.rank::machine.world_size]
     answers = {}
-    for first in progress(range(0, len(mine), cfg.sample_batch), 'sampling answers', run.machine.print):
-        if run.stop.number:
+    for first in progress(range(0, len(mine), cfg.sample_batch), 'sampling answers', machine.print):
+        if lab.stop.number:
             break
         rows = mine[first:first + cfg.sample_batch]
-        with run.machine.autocast():
-            new = model.generate([prompts[i] for i in rows], cfg.max_new_tokens, eot=eot, uniform=uniform[rows])
+        with machine.autocast():
+            new = model.generate([prompts[i] for i in rows], cfg.max_new_tokens, eot=lab.encoding.eot_token,
+                                 uniform=uniform[rows])
         answers.update(zip(rows, new))
-    leave_together(run)
-    return gather_answers(run, answers)
+    leave_together(lab)
+    return gather_answers(lab, answers)
 
 
-def gather_answers(run, answers):
+def gather_answers(lab, answers):
     """{place: answer} of each rank -> the list of all."""
-    every = {place: answer for share in run.machine.gather(answers) for place, answer in share.items()}
+    every = {place: answer for part in lab.machine.gather(answers) for place, answer in part.items()}
     return [every[place] for place in range(len(every))]
 
 
-def shorten(run, groups):
-    """Prompts lose their beginning, so that max_new_tokens fit behind them in the block."""
-    room = run.block_size - run.cfg.max_new_tokens
-    return [group._replace(prompt=group.prompt[-room:]) for group in groups]
+def text_of(lab, ids):
+    return lab.encoding.decode([id for id in ids if id != lab.encoding.eot_token])
 
 
-def text_of(run, ids):
-    return run.encoding.decode([id for id in ids if id != run.encoding.eot_token])
-
-
-def post_of(run, prompt):
+def post_of(lab, prompt):
     """The post that a prompt was rendered from."""
-    return text_of(run, prompt).removesuffix(prepare_shp.SEPARATOR)
+    return text_of(lab, prompt).removesuffix(prepare_shp.SEPARATOR)
 
 
-# Other runs, the start and past selves --------------------------------------------------------------------------------
-
-
-def load_pi_0(cfg, resuming, encoding):
-    """pi_0: what init_from names, or, when a run is resumed, what it has kept of it."""
-    not_own_folder(cfg, 'init_from', 'reward_model', 'teacher')
-    if resuming:
-        return crop(load_self(cfg.out_dir, 0), cfg.block_size, cfg.out_dir)
-    return open_start(cfg, encoding)
+# Models and past selves ----------------------------------------------------------------------------------------------
 
 
 def make_gpt(state):
@@ -322,27 +339,28 @@ def weights_hash(weights):
     return digest.hexdigest()
 
 
-def note_self(run, t, keep=False):
-    """Remembers the policy as it is now, pi_t, by its hash; keep: in selves/ too, for later iterations to play against.
-    """
-    policy, folder = run.trained['model'], Path(run.cfg.out_dir) / 'selves'
-    run.selves[t] = weights_hash(policy.state_dict())
-    if keep:
-        state = dict(step=run.step, model_config=asdict(policy.config), model=policy.state_dict())
-        run.machine.on_rank_0(lambda: save_checkpoint(folder, state, f'{t:04d}.pt'))
+class Selves:
+    """pi_0 (the start), pi_1, ...: the policy as each iteration found it: hashes, and weights in out_dir/selves."""
 
+    def __init__(self, out_dir, start):
+        self.folder, self.hashes = Path(out_dir) / 'selves', {0: weights_hash(start['model'])}
 
-def past_self(run, t):
-    """pi_t from selves/, frozen; refuses one that is not what the checkpoint says."""
-    state = load_self(run.cfg.out_dir, t)
-    if weights_hash(state['model']) != run.selves[t]:
-        raise Refusal(f'{run.cfg.out_dir}/selves/{t:04d}.pt is not the pi_{t} of this run; start anew with '
-                      '--overwrite=True')
-    return make_gpt(state).to(run.machine.device)
+    def note(self, lab, t, policy, step, keep=False):
+        """Remembers the policy as pi_t by its hash; keep: on disk too, for later iterations to play against."""
+        self.hashes[t] = weights_hash(policy.state_dict())
+        if keep:
+            state = dict(step=step, model_config=asdict(policy.config), model=policy.state_dict())
+            lab.machine.on_rank_0(lambda: save_checkpoint(self.folder, state, f'{t:04d}.pt'))
 
+    def state(self, t):
+        path = self.folder / f'{t:04d}.pt'
+        if not path.is_file():
+            raise Refusal(f'{path}, the pi_{t} of this run, is missing; start anew with --overwrite=True')
+        return load_checkpoint(path)
 
-def load_self(out_dir, t):
-    path = Path(out_dir) / 'selves' / f'{t:04d}.pt'
-    if not path.is_file():
-        raise Refusal(f'{path}, the pi_{t} of this run, is missing; start anew with --overwrite=True')
-    return load_checkpoint(path)
+    def model(self, t, device):
+        """pi_t, frozen. Refuses one that is not what the checkpoint says."""
+        state = self.state(t)
+        if weights_hash(state['model']) != self.hashes[t]:
+            raise Refusal(f'{self.folder}/{t:04d}.pt is not the pi_{t} of this run; start anew with --overwrite=True')
+        return make_gpt(state).to(device)

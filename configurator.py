@@ -2,289 +2,214 @@
 
     python train.py config/toy_t2.py --learning_rate=1e-3 --domains=askculinary,legaladvice
 
-Arguments are config files and --key=value flags, in any order; the later wins. A config file is plain Python that
-assigns options. It runs in a namespace of its own, and only declared options cross over; names that start with '_' and
-modules stay private to it. Where Config has a field `runs: tuple[str, ...]`, arguments that are neither flags nor end
-in .py are added to it: `python plot.py out/a out/b`.
-
-The options are the fields of a frozen dataclass: int, float, str, bool, tuple[one of these, ...], or one of these or
-None. A comment behind a field is its line in --help. If Config has a method `check`, the sentences it returns or yields
-say what is wrong with the values, and are reported beside the other errors.
+Arguments are config files (*.py) and --key=value flags; the later wins. A config file is Python that assigns options;
+names that start with '_' and modules stay private to it. Other arguments are added to the field `runs` of a Config
+that has one. Config is a frozen dataclass of int, float and bool, each perhaps `| None`, str, and tuple[one of these,
+...]. The comment behind a field is its line in --help. Its method `check` gives a sentence for each error.
 """
+import ast
 import difflib
 import inspect
-import io
-import math
+import json
 import os
 import re
 import runpy
 import shlex
 import sys
-import textwrap
 import time
-import tokenize
 import traceback
-from dataclasses import fields, replace
-from datetime import timedelta
 from pathlib import Path
-from types import ModuleType, NoneType
 from typing import get_args, get_origin, get_type_hints
 
-
 HERE = Path(__file__).parent
-LINE_SECONDS = 30  # between two lines about one long loop
+SCRIPT = Path(sys.argv[0]).name
+LINE_SECONDS = 10  # between two lines about one long loop
+NOT_RESUMED = 'out_dir', 'resume', 'overwrite', 'stop_step'  # options of one start, not of the whole run
 
 
 class Refusal(Exception):
-    """What we decline to do: a sentence that says what is wrong, where, and what to do about it."""
+    """An error that the user can mend: a sentence that says what is wrong, where, and what to do about it."""
+
+
+class Options:
+    """Base of a script's Config. A class of options may name the `lowest` value of a number, else 0, and `choices`."""
+    lowest, choices = {}, {}
+    given = frozenset()  # the options that were set; see configure
+
+    def check(self):
+        """Yields a sentence for each value that is wrong."""
+        classes = [vars(cls) for cls in reversed(type(self).__mro__)]
+        lowest, choices = ({name: x for cls in classes for name, x in cls.get(what, {}).items()}
+                           for what in ('lowest', 'choices'))
+        for name in get_type_hints(type(self)):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and value < lowest.get(name, 0):
+                yield f'{name}={value} is below {lowest.get(name, 0)}'
+            if name in choices and value not in choices[name]:
+                yield f"{name}={value!r} is not one of {', '.join(map(str, filter(None, choices[name])))}"
 
 
 def configure(Config, argv=None):
-    """argv (default: the command line's) -> a Config, its values of the declared types.
+    """argv (default: the command line's) -> a Config. Exits with code 0 after --help, with code 2 after errors.
 
-    Rank 0 prints the values that differ from the defaults, with their source. Exits with code 0 after --help, and with
-    code 2 after an error: rank 0 prints all of them, one sentence a line, on stderr.
+    With resume=True, options that are not set come from out_dir/config.json, if any. `cfg.given` is the frozenset of
+    those set by flags and config files; it is no field, and dataclasses.replace drops it. Only rank 0 prints.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    rank_0 = os.environ.get('RANK', '0') == '0'
+    say = print if os.environ.get('RANK', '0') == '0' else lambda *args, **kwargs: None
     if '--help' in argv or '-h' in argv:
-        if rank_0:
-            print(help_text(Config), flush=True)
+        say(help_text(Config), flush=True)
         sys.exit(0)
-    kinds, values, sources, errors = option_types(Config), {}, {}, []
+    kinds, values, sources, errors = get_type_hints(Config), {}, {}, []
 
-    def assign(key, value, convert, source):
-        where = '' if source == 'command line' else f'{source}: '
-        if key not in kinds:
-            errors.append(f'{where}unknown option {key!r}, {suggest(key, kinds)}')
-            return
+    def assign(key, value, source=''):
+        where = f'{source}: ' if source else ''
         try:
-            values[key], sources[key] = convert(kinds[key], value), source
+            values[key] = convert(kinds[key], value if source else parse(kinds[key], value))
+            sources[key] = source or 'command line'
+        except KeyError:
+            near = ' or '.join(difflib.get_close_matches(key, kinds))
+            hint = f'did you mean {near}?' if near else '--help lists them all'
+            errors.append(f'{where}unknown option {key!r}, {hint}')
         except ValueError as hint:
-            errors.append(f'{where}{key} must be {type_name(kinds[key])}, not {value!r}{hint}')
+            errors.append(f'{where}{key} must be {inspect.formatannotation(kinds[key])}, not {value!r}{hint}')
 
     while argv:
         arg = argv.pop(0)
+        path = next((str(path) for path in (Path(arg), HERE / arg) if path.suffix == '.py' and path.is_file()), None)
         if arg.startswith('--'):
-            key, equals, text = arg[2:].partition('=')
-            spaced = not equals and argv and not argv[0].startswith('--') and not argv[0].endswith('.py')
-            if spaced:
-                text = argv.pop(0)  # or it would be reported once more, as a missing file
-            if equals or key not in kinds:
-                assign(key, text, from_text, 'command line')
-            elif spaced:
-                errors.append(f'write --{key}={shlex.quote(text)}, with an equals sign and no space')
+            key, _, text = arg[2:].partition('=')
+            while not text and argv and not argv[0].startswith('--') and not argv[0].endswith('.py'):
+                text = argv.pop(0).removeprefix('=')  # --key = value
+            if key not in kinds or arg == f'--{key}={text}':
+                assign(key, text)
             else:
-                errors.append(f'--{key} needs a value: write --{key}={"True" if kinds[key] is bool else "VALUE"}')
+                text = shlex.quote(text) if text else 'True' if kinds[key] is bool else 'VALUE'
+                errors.append(f'a flag and its value are one word: write --{key}={text}')
         elif 'runs' in kinds and not arg.endswith('.py'):
             values['runs'], sources['runs'] = values.get('runs', ()) + (arg,), 'command line'
-        elif not (path := config_path(arg)):
-            flag = arg.startswith('-') or '=' in arg
-            errors.append(f'there is no config file {arg!r}, ' + (
-                'and a flag is written --key=value' if flag else suggest(arg, config_files(), 0.5)))
-        else:
+        elif path:
             try:
                 assigned = runpy.run_path(path)
             except (Exception, SystemExit) as error:
+                frames = traceback.extract_tb(error.__traceback__)
+                where = [f' in line {frame.lineno}' for frame in frames if frame.filename == path][-1:]
+                errors.append(f'{arg} failed{"".join(where)}: {type(error).__name__}: {" ".join(str(error).split())}')
                 assigned = {}
-                errors.append(failure(path, error))
-            for key, value in assigned.items():
-                if not key.startswith('_') and not isinstance(value, ModuleType):
-                    assign(key, value, from_value, arg)
+            keys = [key for key in assigned if key[0] != '_' and not inspect.ismodule(assigned[key])]
+            if header(path)[1] != SCRIPT and not set(keys) <= set(kinds):
+                errors.append(f'{arg} is a config of {header(path)[1]}')
+                keys = []
+            for key in keys:
+                assign(key, assigned[key], arg)
+        else:
+            hint = '--help lists them, and a flag is written --key=value'
+            if 'source' in kinds and os.path.exists(arg):
+                hint = f'did you mean --source={shlex.quote(arg)} --dataset={shlex.quote(Path(arg).stem)}?'
+            errors.append(f'there is no config file {arg!r}; {hint}')
 
-    cfg = replace(Config(), **values)
-    if hasattr(cfg, 'check'):
-        errors += cfg.check()  # here a value refused above is still at its default
+    given, cfg, changed = frozenset(values), Config(**values), []
+    if getattr(cfg, 'resume', False) and (path := Path(cfg.out_dir, 'config.json')).is_file():
+        before = json.loads(path.read_text(encoding='utf-8'))
+        if (script := before.get('script')) not in (None, Path(inspect.getfile(Config)).name):
+            say(f'{cfg.out_dir} is a run of {script}: python {script} --resume=True --out_dir={cfg.out_dir}',
+                file=sys.stderr, flush=True)
+            sys.exit(2)
+        for key in [key for key in kinds if key in before and key not in NOT_RESUMED]:
+            if key not in given:
+                assign(key, before[key], str(path))
+            elif (was := json.dumps(before[key])) != (now := json.dumps(values[key])):
+                changed.append(f'changed on resume: {key} {was} -> {now}')
+        cfg = Config(**values)
+    elif getattr(cfg, 'resume', False) and given <= set(NOT_RESUMED):
+        errors.append(f'there is no run to resume in {cfg.out_dir}; name its folder with --out_dir=DIR')
+    object.__setattr__(cfg, 'given', given)
+    errors += cfg.check() if hasattr(cfg, 'check') else []  # a value that was refused above is at its default
     if errors:
-        if rank_0:
-            print(*errors, sep='\n', file=sys.stderr, flush=True)
+        say(*errors, sep='\n', file=sys.stderr, flush=True)
         sys.exit(2)
-    changed = [(f'{key} = {getattr(cfg, key)!r}', sources[key]) for key in kinds
-               if getattr(cfg, key) != getattr(Config(), key)]
-    if rank_0 and changed:
-        print('options that differ from the defaults:', *columns(changed), sep='\n', flush=True)
+    rows = [f'  {f"{key} = {getattr(cfg, key)!r}":<40} {sources[key]}' for key in kinds
+            if getattr(cfg, key) != getattr(Config(), key)]
+    if rows:
+        say('options that differ from the defaults:', *rows, *changed, sep='\n', flush=True)
     return cfg
 
 
 def run(main, Config):
-    """main(configure(Config)), its end as an exit code: a refusal is one line on stderr and code 1, Ctrl-C is 130.
-
-    ValueError is how files that import torch only refuse. Its line tells the place too, for it may be a bug after all;
-    any other exception is one, and keeps its traceback.
-    """
-    rank = os.environ.get('RANK', '0')
-    prefix = 'error' if rank == '0' else f'error on rank {rank}'
+    """main(configure(Config)); a Refusal is one line on stderr and exit code 1, Ctrl-C is code 130."""
+    prefix = f'error on rank {os.environ["RANK"]}' if 'RANK' in os.environ else 'error'
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors='backslashreplace')  # a terminal that is not UTF-8 must not end a run
     try:
         main(configure(Config))
         sys.stdout.flush()
-    except Refusal as error:
+    except KeyboardInterrupt:  # before the loop of a run, which saves and exits by itself
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os._exit(1)  # without Python's last flush, which would complain
+    except (Refusal, OSError) as error:  # of a full disk or a missing permission, the system's words name the file
         sys.exit(f'{prefix}: {error}')
-    except ValueError as error:
-        if type(error) is not ValueError:  # UnicodeDecodeError and the like
-            raise
+    except ValueError as error:  # a refusal in losses.py or model.py, or a bug: the line ends with its place
         place = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(f'{prefix}: {error} ({Path(place.filename).name}, line {place.lineno})')
-    except KeyboardInterrupt:
-        print('interrupted before anything was to be saved', file=sys.stderr)
-        sys.exit(130)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search('allocate memory|out of memory', str(error)):
-            raise
-        sys.exit(f'{prefix}: there is not enough memory; use a smaller model, block or micro-batch, or fewer threads '
-                 f'({str(error).strip()[:200]})')
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
-        sys.exit(1)
-    except OSError as error:  # a full disk or a folder that cannot be written: the system's words name the file
-        sys.exit(f'{prefix}: {error}')
 
 
 def progress(items, what, say=print):
-    """Goes through a sequence and tells when it will be done: a bar in a terminal, else a line every half a minute.
-
-    A loop of less than a second tells nothing, and of several ranks only the first one speaks.
-    """
-    if os.environ.get('RANK', '0') == '0' and sys.stderr.isatty():
-        from tqdm import tqdm  # comes with datasets
-        yield from tqdm(items, what, leave=False, dynamic_ncols=True, delay=1)
-        return
-    start = said = time.monotonic()
+    """Yields from a sequence. Now and then a line says how much is done, and when the rest will be at recent speed."""
+    last_time, last_done = time.monotonic(), 0
     for done, item in enumerate(items, 1):
         yield item
-        now = time.monotonic()
-        if now - said > LINE_SECONDS and done < len(items):
-            said = now
-            eta = timedelta(seconds=round((now - start) * (len(items) / done - 1)))
-            say(f'{what} {done / len(items):.0%}, ETA {eta}')
+        seconds = time.monotonic() - last_time
+        if seconds > LINE_SECONDS and done < len(items):
+            left = (len(items) - done) * seconds / (done - last_done)
+            say(f'{what} {done / len(items):.0%}, ETA {left / 60:.1f} min')
+            last_time, last_done = time.monotonic(), done
 
 
-def at_least(cfg, low, *names):
-    """Sentences for those of the named options that are below `low`; for a Config's `check`."""
-    return [f'{name}={getattr(cfg, name)} is below {low}' for name in names if not getattr(cfg, name) >= low]
-
-
-def at_most(cfg, high, *names):
-    """The same for those that are above `high`."""
-    return [f'{name}={getattr(cfg, name)} is above {high}' for name in names if not getattr(cfg, name) <= high]
-
-
-# Values --------------------------------------------------------------------------------------------------------------
-
-
-def option_types(Config):
-    hints = get_type_hints(Config)  # the annotations of a module may be strings
-    return {field.name: hints[field.name] for field in fields(Config)}
-
-
-def type_name(kind):
+def parse(kind, text):
+    """The text of a flag --key=text -> the value that a config file would assign; the text itself where it is none."""
     if get_origin(kind) is tuple:
-        return f'tuple[{type_name(get_args(kind)[0])}, ...]'
-    return ' or '.join(map(type_name, get_args(kind))) or kind.__name__.removesuffix('Type')
+        return [parse(get_args(kind)[0], item.strip()) for item in text.split(',') if item.strip()]
+    try:
+        return text if kind is str else ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
 
 
-def not_none(kind):
-    return next(arg for arg in get_args(kind) if arg is not NoneType)
-
-
-def from_text(kind, text):
-    """What --key=text says -> a value of type `kind`. Raises ValueError with a hint, perhaps an empty one."""
-    if NoneType in get_args(kind):
-        return None if text == 'None' else from_text(not_none(kind), text)
-    if get_origin(kind) is tuple:
-        items = [item.strip() for item in text.split(',')] if text else []
-        if '' in items:
-            raise ValueError('; an item between commas is empty')
-        return tuple(from_text(get_args(kind)[0], item) for item in items)
-    if kind is bool:
-        if text not in ('True', 'true', 'False', 'false'):
-            raise ValueError('; write True or False')
-        return text in ('True', 'true')
-    if kind in (int, float):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise ValueError('; write digits, such as 10_000' if kind is int else '') from None
-        return from_value(kind, value)
-    if kind is not str:
-        raise TypeError(f'an option cannot be of type {kind}')
-    return text
-
-
-def from_value(kind, value):
-    """The same for what a config file assigned; an int will do for a float, a list for a tuple."""
-    if NoneType in get_args(kind):
-        return None if value is None else from_value(not_none(kind), value)
-    if get_origin(kind) is tuple:
+def convert(kind, value):
+    """A value -> of type `kind`, from an int for a float, from a list for a tuple. Raises ValueError with a hint."""
+    args = get_args(kind)
+    if type(None) in args:
+        return None if value is None else convert(args[0], value)
+    if args:
         if not isinstance(value, (tuple, list)):
-            raise ValueError(f'; write ({value!r},)' if isinstance(value, get_args(kind)[0]) else '')
-        return tuple(from_value(get_args(kind)[0], item) for item in value)
-    if kind is float and type(value) is int and abs(value) < 2 ** 1023:
-        return float(value)
-    if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-        raise ValueError('')
-    if kind is float and not math.isfinite(value):
-        raise ValueError('; it must be finite')
-    return value
+            raise ValueError(f'; write ({value!r},)')
+        return tuple(convert(args[0], item) for item in value)
+    value = float(value) if kind is float and type(value) is int else value
+    if type(value) is not kind or kind is float and not abs(value) < float('inf'):
+        raise ValueError('; write True or False' if kind is bool else '')
+    return os.path.expanduser(value) if kind is str and f'{value}/'.startswith('~/') else value
 
 
-# Words ---------------------------------------------------------------------------------------------------------------
-
-
-def suggest(word, known, cutoff=0.6):
-    near = difflib.get_close_matches(word, known, n=3, cutoff=cutoff)
-    return f'did you mean {" or ".join(near)}?' if near else '--help lists them all'
-
-
-def config_path(arg):
-    """The config file that an argument names, from here or else from beside the scripts; None where there is none."""
-    return next((path for path in (arg, os.path.join(HERE, arg)) if os.path.isfile(path)), None)
-
-
-def config_files():
-    where = Path() if Path('config').is_dir() else HERE
-    return sorted(f'config/{path.name}' for path in (where / 'config').glob('*.py'))
-
-
-def failure(path, error):
-    """The exception that a config file raised, in one sentence; one of syntax carries its own line number."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    lines += [error.lineno] if getattr(error, 'filename', None) == path and hasattr(error, 'lineno') else []
-    where = f' in line {lines[-1]}' if lines else ''
-    return f'{path} failed{where}: {type(error).__name__}: {" ".join(str(error).split())}'
-
-
-def columns(rows):
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ['  ' + '  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
-def comments(Config):
-    """{field: the comment behind it}, bases first; a class whose source is not at hand has none."""
-    found = {}
-    for cls in reversed(Config.__mro__):
-        line = []  # a logical line's tokens so far
-        try:
-            for token in tokenize.generate_tokens(io.StringIO(textwrap.dedent(inspect.getsource(cls))).readline):
-                if token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
-                    line = []
-                elif token.type == tokenize.COMMENT and line[1:2] == [':']:
-                    found[line[0]] = token.string.strip('# ')
-                elif token.type not in (tokenize.COMMENT, tokenize.NL):
-                    line.append(token.string)
-        except (OSError, TypeError, SyntaxError, tokenize.TokenError):
-            continue
-    return found
+def header(path):
+    """First comment of a config file, and the script in its command, as in `# python train.py config/toy_t2.py`."""
+    text = Path(path).read_text(encoding='utf-8', errors='replace')
+    about, script = re.search('^# (.*)', text, re.M), re.search(r'^#.*?(\w+\.py) config/', text, re.M)
+    return about[1] if about else '', script[1] if script else SCRIPT
 
 
 def help_text(Config):
-    notes, default, options, files = comments(Config), Config(), [], []
-    for key, kind in option_types(Config).items():
-        value = getattr(default, key)
-        text = ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
-        options.append((f'--{key}={shlex.quote(text)}', type_name(kind), notes.get(key, '')))
-    for path in config_files():
-        lines = Path(config_path(path)).read_text(encoding='utf-8', errors='replace').splitlines()
-        files.append((path, next((line.strip('# ') for line in lines if line.startswith('# ')), '')))
-    return '\n'.join([inspect.getdoc(sys.modules[Config.__module__]) or '', '',
-                      'Arguments are config files and --key=value flags, the later wins. Options and their defaults:',
-                      '', *columns(options), *(['', 'Config files:', ''] if files else []), *columns(files)])
+    """The script's docstring, its options by the file whose class declares them, its config files."""
+    kinds, default, lines = get_type_hints(Config), Config(), [inspect.getdoc(sys.modules[Config.__module__])]
+    for cls in [cls for cls in Config.__mro__ if inspect.get_annotations(cls)]:
+        lines += ['', f'Options of {Path(inspect.getfile(cls)).name}:']
+        notes = dict(re.findall(r'^ +(\w+): .*# (.*)', inspect.getsource(cls), re.M))
+        for key in [key for key in inspect.get_annotations(cls) if key in kinds]:  # the others were overridden
+            value, kind = getattr(default, key), inspect.formatannotation(kinds.pop(key))
+            text = ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
+            lines.append(f'  {f"--{key}={shlex.quote(text)}":<31} {kind:<17} {notes.get(key, "")}')
+    paths = sorted(Path().glob('config/*.py')) or sorted(HERE.glob('config/*.py'))
+    found = [(f'config/{path.name}', *header(path)) for path in paths]
+    found = [f'  {name:<28} {about}' for name, about, script in found if script == SCRIPT]
+    lines += ['', 'Config files:', *found] if found else []
+    return '\n'.join(map(str.rstrip, lines))

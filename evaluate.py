@@ -1,6 +1,6 @@
-"""How a preference run is judged: by held-out rankings, by fresh samples, and beside rankers that are cheap.
+"""What an evaluation of preferences reports: held-out rankings, fresh samples beside the start's, cheap baselines.
 
-Letters: G prompts, K answers a prompt, A tokens an answer.
+Letters as in answers.py.
 """
 import json
 
@@ -8,144 +8,163 @@ import numpy as np
 import torch
 
 import toy_shp
-from answers import (answer_tokens, for_all_groups, group_batch, log_prob_under, pack, past_self, post_of, rewards,
-                     sample, shorten, text_of)
-from configurator import Refusal
-from losses import plackett_luce_loss
-from model import logit_rows
+from answers import (answers_of, cut_answers, cut_prompts, for_all, hidden_states, log_prob_under, make_batch, post_of,
+                     rewards, sample, text_of, token_log_probs)
+from losses import calibration_gaps, plackett_luce_loss
 from prepare_shp import pick_groups, visible
-from train import ECE_BINS
 
-EVAL_SEED = 0   # which held-out groups are judged is the same in all runs
+EVAL_SEED = 0   # which held-out groups are evaluated is the same in all runs
 EVAL = 2 ** 31  # the iteration whose random numbers all evaluations share
 SHOWN = 4       # posts whose samples are printed before and after
 KEPT = 16       # samples of an evaluation that samples.jsonl keeps
 
 
-@torch.no_grad()
-def evaluate(run, samples_log):
-    """-> the metrics of an 'eval' line: held-out rankings, and fresh samples beside pi_0. Raises Stopped."""
-    policy, start = run.trained.get('model'), past_self(run, 0)
-    if 'held' not in run.known:
-        held = group_batch(held_out(run), run.block_size)
-        run.known['held'] = dict(held, ref_log_p=log_prob_under(run, start, held, run.cfg.token_order))
-    held = run.known['held']
-    valid = held['answer_length'] > 0
-    score = for_all_groups(run, held, lambda micro: run.method.score(run, micro)[0])
-    speaker = policy or start
-    log_p = log_prob_under(run, speaker, held)
-    metrics = dict(zip(('rank_accuracy', 'margin', 'rank_ece'), pair_statistics(score, valid)),
-                   rank_loss=plackett_luce_loss(score, 0, valid).mean().item(),
-                   rank_accuracy_logp=pair_statistics(log_p, valid)[0], chosen_logp=log_p[:, 0].mean().item(),
-                   rejected_logp=log_p.gather(1, valid.sum(1, keepdim=True) - 1).mean().item())
-    if run.step == 0:
-        metrics |= baselines(run, held)
+class Evaluation:
+    """evaluation(step) -> the metrics of an 'eval' line. What does not change from step to step is computed once.
 
-    if run.cfg.eval_samples:
-        groups = shorten(run, held_out_posts(run))
-        posts = [post_of(run, group.prompt) for group in groups]
-        answers = sample(run, speaker, [group.prompt for group in groups], EVAL, 0)
-        samples = group_batch([group._replace(answers=[answer]) for group, answer in zip(groups, answers)],
-                              run.block_size)
-        own = log_prob_under(run, speaker, samples)[:, 0]
-        entropy = for_all_groups(run, samples, lambda micro: token_entropy(run, speaker, micro)).sum()
-        started = log_prob_under(run, start, samples)[:, 0]
-        ended = torch.tensor([answer[-1] == run.encoding.eot_token for answer in answers])
-        length = samples['answer_length'].sum(1)
-        metrics |= dict(kl=(own - started).mean().item(), entropy=(entropy / length.sum()).item(),
-                        answer_length=(length - ended.long()).float().mean().item(),
-                        eot_rate=ended.float().mean().item())
-        columns = dict(log_prob=own.tolist())
-        if is_toy(run):
-            columns['true_quality'] = qualities(run, samples, posts)[:, 0].tolist()
+    method: a preference.Method. Its policy answers held-out prompts; where it trains none, the start does.
+    """
+
+    def __init__(self, lab, method, samples_log):
+        self.lab, self.method, self.start, self.samples_log = lab, method, method.reference, samples_log
+        self.policy, self.toy = method.trained.get('model') or method.reference, lab.cfg.source == 'toy'
+        held_out = lab.groups[lab.cfg.eval_split]
+        groups, longest = pick_groups(held_out, EVAL_SEED, 0, len(held_out.prompts)), {}
+        self.held = make_batch(cut_answers(lab, groups[:lab.cfg.eval_groups or None]))
+        for group in groups:  # of each distinct prompt, the longest ranking
+            before = longest.setdefault(tuple(group.prompt), group)
+            if len(group.answers) > len(before.answers):
+                longest[tuple(group.prompt)] = group
+        self.asked = list(longest.values())[:lab.cfg.eval_samples]  # answered at each evaluation
+        self.prompts = [group.prompt for group in cut_prompts(lab, self.asked)]
+        self.posts = [post_of(lab, prompt) for prompt in self.prompts]
+
+    def __call__(self, step):
+        return self.rankings(step) | (self.samples(step) if self.asked else {})
+
+    def rankings(self, step):
+        lab, held, valid = self.lab, self.held, self.held['answer_length'] > 0
+        if 'ref_log_p' not in held:
+            of_start = log_prob_under(lab, self.start, held, lab.cfg.token_order)
+            held |= dict(log_p=of_start['log_p'], ref_log_p=of_start['ordered'])
+        found = for_all(lab, held, self.method.judge)
+        score, log_p = found['score'], found.get('log_p', held['log_p'])  # a reward run has no policy but the start
+        accuracy, margin, ece = pair_statistics(score, valid)
+        metrics = dict(rank_accuracy=accuracy, margin=margin, rank_ece=ece,
+                       rank_loss=plackett_luce_loss(score, 0, valid).mean().item(),
+                       rank_accuracy_logp=pair_statistics(log_p, valid)[0], chosen_logp=log_p[:, 0].mean().item(),
+                       rejected_logp=log_p.gather(1, valid.sum(1, keepdim=True) - 1).mean().item())
+        return metrics | (self.baselines() if step == 0 else {})
+
+    def samples(self, step):
+        """One answer to each held-out prompt: how far it is from the start's, how long, how good."""
+        lab, eot = self.lab, self.lab.encoding.eot_token
+        answers = sample(lab, self.policy, self.prompts, EVAL, 0)
+        groups = [group._replace(prompt=prompt, answers=[answer])
+                  for group, prompt, answer in zip(self.asked, self.prompts, answers)]
+        batch = make_batch(groups)
+        own = for_all(lab, batch, self.log_p_and_entropy)
+        log_p, start_log_p = own['log_p'][:, 0], own['log_p'][:, 0]
+        if self.policy is not self.start:
+            start_log_p = log_prob_under(lab, self.start, batch)['log_p'][:, 0]
+        ended = torch.tensor([answer[-1] == eot for answer in answers])
+        length = batch['answer_length'].sum(1)
+        metrics = dict(kl=(log_p - start_log_p).mean().item(), entropy=own['entropy'].mean().item(),
+                       answer_length=(length - ended.long()).float().mean().item(),
+                       eot_rate=ended.float().mean().item())
+        columns = dict(log_prob=log_p.tolist())
+        if self.toy:
+            columns['true_quality'] = self.qualities(batch, self.posts)[:, 0].tolist()
             metrics['true_quality'] = float(np.mean(columns['true_quality']))
-            if run.step == 0:
-                metrics |= quality_of_others(run, groups, posts)
-        scorer = run.trained.get('reward_model') or run.frozen.get('reward_model')
-        reward = rewards(run, scorer, samples)[:, 0] if scorer else None
-        metrics |= run.method.report(run, samples, posts, reward)
-        if scorer:
+            if step == 0:
+                metrics |= self.quality_of_others()
+        reward = rewards(lab, self.method.scorer, batch)[:, 0] if self.method.scorer else None
+        metrics |= self.method.report(self, batch, reward)
+        if reward is not None:
             columns['reward'] = reward.tolist()
-        for i, (post, answer) in enumerate(zip(posts[:KEPT], answers)):
-            samples_log.write('eval', step=run.step, prompt=post, completion=text_of(run, answer),
-                              ended=bool(ended[i]), **{name: column[i] for name, column in columns.items()})
-    return metrics
+        for i, (post, answer) in enumerate(zip(self.posts[:KEPT], answers)):
+            self.samples_log.write('eval', step=step, prompt=post, completion=text_of(lab, answer),
+                                   ended=bool(ended[i]), **{name: column[i] for name, column in columns.items()})
+        return metrics
 
+    def log_p_and_entropy(self, rows):
+        """Of the policy's own samples: log pi(y|x) (G, K), and the entropy (M,) of each distribution drawn from."""
+        hidden = hidden_states(self.lab, self.policy, rows)
+        with self.lab.machine.autocast():
+            chunks = self.policy.log_prob_chunks(hidden.flatten(0, 1)[rows.place])
+            entropy = torch.cat([torch.special.entr(log_p.exp()).sum(-1) for log_p in chunks])
+        return dict(log_p=rows.per_answer(token_log_probs(self.lab, self.policy, hidden, rows)), entropy=entropy)
 
-def held_out(run):
-    groups = run.groups[run.cfg.eval_split]
-    return pick_groups(groups, EVAL_SEED, 0, min(run.cfg.eval_groups or len(groups.prompts), len(groups.prompts)))
+    def baselines(self):
+        """How many held-out pairs cheap rankers order that never read the question, and on the toy the truth itself.
 
+        length: the longer answer, or the shorter if that orders more of the training pairs; bag: the sum of a weight
+        for each of the answer's tokens, fitted to at most 4,000 training rankings by maximum likelihood.
+        """
+        lab, held = self.lab, self.held
+        groups = lab.groups['train']
+        train = make_batch(cut_answers(lab, pick_groups(groups, EVAL_SEED, 0, min(4000, len(groups.prompts)))))
+        weight = torch.zeros(lab.encoding.n_vocab, requires_grad=True)
+        adam = torch.optim.Adam([weight], lr=0.02)
 
-def held_out_posts(run):
-    """The longest ranking of each of the first eval_samples distinct held-out prompts."""
-    groups, longest = run.groups[run.cfg.eval_split], {}
-    for group in pick_groups(groups, EVAL_SEED, 0, len(groups.prompts)):
-        known = longest.setdefault(tuple(group.prompt), group)
-        if len(group.answers) > len(known.answers):
-            longest[tuple(group.prompt)] = group
-    return list(longest.values())[:run.cfg.eval_samples]
+        def bag(batch):
+            length = batch['answer_length'].flatten()
+            owner = torch.repeat_interleave(torch.arange(len(length)), length)
+            return torch.zeros(len(length)).index_add(0, owner, weight[batch['answer']]).view_as(batch['answer_length'])
+
+        for _ in range(100):
+            with torch.enable_grad():
+                loss = plackett_luce_loss(bag(train), 0, train['answer_length'] > 0).mean()
+                loss = loss + 1e-3 * weight.square().sum()
+            weight.grad, = torch.autograd.grad(loss, weight)
+            adam.step()
+        valid = held['answer_length'] > 0
+        longer = pair_statistics(train['answer_length'].float(), train['answer_length'] > 0)[0] >= 0.5
+        length = held['answer_length'].float() if longer else -held['answer_length'].float()
+        found = dict(rank_accuracy_length=pair_statistics(length, valid)[0],
+                     rank_accuracy_bag=pair_statistics(bag(held).detach(), valid)[0])
+        if self.toy:
+            posts = [post_of(lab, ids.tolist()) for ids in held['prompt'].split(held['prompt_length'].tolist())]
+            found['rank_accuracy_truth'] = pair_statistics(self.qualities(held, posts), valid)[0]
+        return found
+
+    # the toy data have a known truth
+
+    def qualities(self, batch, posts):
+        """toy_shp.quality of all answers, (G, K), 0 where there is none."""
+        quality = torch.zeros(batch['answer_length'].shape)
+        for g, (post, answers) in enumerate(zip(posts, answers_of(batch))):
+            for k, answer in enumerate(answers):
+                quality[g, k] = toy_shp.quality(post, text_of(self.lab, answer))
+        return quality
+
+    def quality_of_others(self):
+        """The true quality of the data's best and of all the data's answers to these prompts, and of random letters."""
+        data = make_batch(cut_answers(self.lab, self.asked))
+        quality, valid = self.qualities(data, self.posts), data['answer_length'] > 0
+        rng, letters = np.random.default_rng(0), list('abcdefghijklmnopqrstuvwxyz .')
+        noise = [toy_shp.quality(post, ''.join(rng.choice(letters, 30))) for post in self.posts]
+        return dict(true_quality_best=quality[:, 0].mean().item(), true_quality_data=quality[valid].mean().item(),
+                    true_quality_random=float(np.mean(noise)))
 
 
 def pair_statistics(scores, valid):
     """scores, valid (G, K), best first -> share of pairs in order (ties one half), mean difference, calibration error.
 
-    The difference of scores is the log-odds that the first is preferred; ECE over equal bins of the confidence.
+    The difference of scores is the log-odds that the first is preferred.
     """
     first, second = torch.triu_indices(scores.shape[1], scores.shape[1], 1)
     both = valid[:, first] & valid[:, second]
     gap = (scores[:, first] - scores[:, second])[both].double()
     right = (gap > 0).double() + (gap == 0) / 2
-    confidence = gap.abs().sigmoid()
-    bin = ((confidence.nan_to_num(0.5) - 0.5) * 2 * ECE_BINS).long().clamp(max=ECE_BINS - 1)
-    error = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bin, right - confidence)
+    ece = calibration_gaps(gap.abs().sigmoid(), right, lowest=0.5).abs().sum().item() / len(gap)
     right = right.where(gap.isfinite(), torch.nan)  # a NaN must not be chosen as the best
-    return right.mean().item(), gap.mean().item(), error.abs().sum().item() / len(gap)
+    return right.mean().item(), gap.mean().item(), ece
 
 
-def baselines(run, held):
-    """How many held-out pairs cheap rankers order that never read the question, and on the toy data the truth itself.
-
-    length: the longer answer, or the shorter if that orders more of the training pairs; bag: the sum of a weight for
-    each of the answer's tokens, fitted to at most 4,000 training rankings by maximum likelihood.
-    """
-    train = group_batch(pick_groups(run.groups['train'], EVAL_SEED, 0, min(4000, len(run.groups['train'].prompts))),
-                        run.block_size)
-    weight = torch.zeros(run.encoding.n_vocab, requires_grad=True)
-    adam = torch.optim.Adam([weight], lr=0.02)
-
-    def bag(batch):
-        return (weight[batch['answer']] * answer_tokens(batch)).sum(-1)
-
-    for _ in range(100):
-        with torch.enable_grad():
-            loss = plackett_luce_loss(bag(train), 0, train['answer_length'] > 0).mean() + 1e-3 * weight.square().sum()
-        weight.grad, = torch.autograd.grad(loss, weight)
-        adam.step()
-    valid = held['answer_length'] > 0
-    sign = 1.0 if pair_statistics(train['answer_length'].float(), train['answer_length'] > 0)[1] >= 0 else -1.0
-    found = dict(rank_accuracy_length=pair_statistics(sign * held['answer_length'], valid)[0],
-                 rank_accuracy_bag=pair_statistics(bag(held).detach(), valid)[0])
-    if is_toy(run):
-        posts = [post_of(run, ids[:n]) for ids, n in zip(held['prompt'].tolist(), held['prompt_length'])]
-        found['rank_accuracy_truth'] = pair_statistics(qualities(run, held, posts), valid)[0]
-    return found
-
-
-def token_entropy(run, model, batch):
-    """Entropy in nats of the distribution that each answer token was drawn from: (G, K, A)."""
-    packed = pack(batch)
-    drawn, entropy = packed.targets >= 0, torch.zeros(packed.idx.shape, device=packed.idx.device)
-    with run.machine.autocast():
-        hidden = model(packed.idx, positions=packed.positions, mask=packed.mask)[drawn]
-        entropy[drawn] = torch.cat([torch.special.entr(model.logits(rows).softmax(-1)).sum(-1).float()
-                                    for rows in hidden.split(logit_rows(model))])
-    return packed.tokens(entropy)
-
-
-def show_samples(out):
+def show_samples(out_dir):
     """The first posts' samples before and after, from samples.jsonl."""
-    path = out / 'samples.jsonl'
+    path = out_dir / 'samples.jsonl'
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     steps = sorted({line['step'] for line in lines})
     if not steps:
@@ -154,84 +173,50 @@ def show_samples(out):
     for old, new in zip(before, after):
         print('-' * 40 + '\n' + visible(new['prompt']))
         for name, line in (('before', old), ('after', new)):
-            scores = ', '.join(f'{k} {line[k]:.2f}' for k in ('reward', 'true_quality') if k in line)
-            print(f'  {name:<7}' + visible(line['completion']) + (f'  [{scores}]' if scores else '')
+            scores = ', '.join(f'{key} {line[key]:.2f}' for key in ('reward', 'true_quality') if key in line)
+            print(f'  {name:<7}{visible(line["completion"])}' + (f'  [{scores}]' if scores else '')
                   + ('' if line['ended'] else ' [cut]'))
 
 
-# The toy data know the truth ------------------------------------------------------------------------------------------
+# What a method adds --------------------------------------------------------------------------------------------------
 
 
-def is_toy(run):
-    return run.cfg.source == 'toy'
-
-
-def qualities(run, batch, posts):
-    """toy_shp.quality of all answers, (G, K)."""
-    return torch.tensor([[toy_shp.quality(post, text_of(run, answer[:length])) for answer, length in zip(*group)]
-                         for post, *group in zip(posts, batch['answer'].tolist(), batch['answer_length'].tolist())])
-
-
-def quality_of_others(run, groups, posts):
-    """The true quality of the data's best and of all the data's answers to these prompts, and of random letters."""
-    data = group_batch(groups, run.block_size)
-    quality, valid = qualities(run, data, posts), data['answer_length'] > 0
-    letters = np.random.default_rng(0)
-    noise = [toy_shp.quality(post, ''.join(letters.choice(list('abcdefghijklmnopqrstuvwxyz .'), 30))) for post in posts]
-    return dict(true_quality_best=quality[:, 0].mean().item(), true_quality_data=quality[valid].mean().item(),
-                true_quality_random=float(np.mean(noise)))
-
-
-# What a method adds to an evaluation ----------------------------------------------------------------------------------
-
-
-def report_nothing(run, samples, posts, reward):
-    return {}
-
-
-def report_reward(run, samples, posts, reward):
-    """Centres the reward model on samples of the start, and says how it agrees with the true quality of toy answers.
+def report_reward_model(evaluation, batch, reward):
+    """Centres the reward model on samples of the start; on the toy also its correlation with the true quality.
 
     A ranking loss does not see the offset, and no optimizer moves it: it is set here alone.
     """
-    offset = run.trained['reward_model'].offset
+    offset = evaluation.method.scorer.offset
     if reward.isfinite().all():
-        offset -= reward.mean().to(offset.device)
+        with torch.no_grad():
+            offset -= reward.mean().to(offset.device)
     reward -= reward.mean()  # the samples are shown with what the centred model says
     metrics = dict(reward_std=reward.std(correction=0).item())
-    if is_toy(run):
-        both = torch.stack([reward, qualities(run, samples, posts)[:, 0]])
+    if evaluation.toy:
+        both = torch.stack([reward, evaluation.qualities(batch, evaluation.posts)[:, 0]])
         if (both.std(1, correction=0) > 0).all():
             metrics['reward_quality_correlation'] = torch.corrcoef(both)[0, 1].item()
     return metrics
 
 
-def report_policy_reward(run, samples, posts, reward):
-    return dict(reward=reward.mean().item())
+def report_teacher(evaluation, batch, teacher, scorer):
+    """Do the teacher's answers lie between the data's best and the policy's own, on held-out prompts?
 
-
-def report_between(run, samples, posts, reward):
-    """Do the teacher's answers lie between the data's best and the student's own, on held-out prompts?"""
-    whole = held_out_posts(run)
-    held = shorten(run, whole)
-    if 'teacher' not in run.known:
-        try:
-            run.known['teacher'] = run.frozen['teacher'].answers(run, whole, EVAL)
-        except Refusal as error:  # a file of completions need not hold the held-out prompts
-            run.machine.print(f'note: no report on how the teacher does on held-out prompts: {error}')
-            run.known['teacher'] = None
-    if run.known['teacher'] is None:
+    teacher: its answer to each of evaluation.asked, None where it has none.
+    """
+    lab, own = evaluation.lab, answers_of(batch)
+    rows = [i for i, answer in enumerate(teacher) if answer is not None]
+    if not rows:
         return {}
-    metrics, answers = {}, dict(data=[group.answers[0] for group in held], teacher=run.known['teacher'])
-    own = [answer[:length] for answer, length in zip(samples['answer'][:, 0].tolist(), samples['answer_length'][:, 0])]
-    batch = group_batch([group._replace(answers=list(three)) for group, *three in zip(held, *answers.values(), own)],
-                        run.block_size, run.cfg.max_new_tokens)
-    judges = {}
-    if 'reward_model' in run.frozen:
-        judges['reward'] = rewards(run, run.frozen['reward_model'], batch)
-    if is_toy(run):
-        judges['quality'] = qualities(run, batch, posts)
-    for judge, r in judges.items():
-        metrics |= {f'{judge}_{who}': mean.item() for who, mean in zip(('data', 'teacher', 'self'), r.mean(0))}
-        metrics[f'{judge}_agrees'] = ((r[:, 0] >= r[:, 1]) & (r[:, 1] >= r[:, 2])).float().mean().item()
+    room = lab.cfg.max_new_tokens
+    three = make_batch([evaluation.asked[i]._replace(prompt=evaluation.prompts[i], answers=[
+        evaluation.asked[i].answers[0][:room], teacher[i], own[i][0]]) for i in rows])
+    judges, metrics = {}, {}
+    if scorer is not None:
+        judges['reward'] = rewards(lab, scorer, three)
+    if evaluation.toy:
+        judges['quality'] = evaluation.qualities(three, [evaluation.posts[i] for i in rows])
+    for name, r in judges.items():
+        metrics |= {f'{name}_{who}': mean.item() for who, mean in zip(('data', 'teacher', 'self'), r.mean(0))}
+        metrics[f'{name}_agrees'] = ((r[:, 0] >= r[:, 1]) & (r[:, 1] >= r[:, 2])).float().mean().item()
     return metrics

@@ -3,6 +3,7 @@
 Letters: B rows, T tokens, C channels, V vocabulary, N = B * T, G prompts, K answers. All losses are in nats.
 """
 import functools
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -23,10 +24,16 @@ def taylor_loss(log_p, n):
 
     log_p (any shape), log-probabilities of tokens or of ranking stages -> the same shape. n = 0 is cross-entropy.
     The gradient is closed, d T_n / d log p = -q^n: cross-entropy, each element weighted by (1 - p)^n.
-    Exact for the log_p given; a loss that starts from logits should use `linear_taylor_loss`, which knows q better.
+    Exact for the log_p given; a loss that starts from logits should use `linear_loss`, which computes q better.
     Raises ValueError if n is not an integer >= 0.
     """
     return _TaylorLoss.apply(log_p, _order(n))
+
+
+def _order(n):
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        raise ValueError(f'the order of a Taylor loss is an integer n >= 0, but got {n!r}')
+    return n
 
 
 class _TaylorLoss(torch.autograd.Function):
@@ -84,234 +91,226 @@ def taylor_link(log_probs, n):
     return torch.where(log_others == -torch.inf, one_hot, link)
 
 
-class TaylorSums(NamedTuple):
-    loss: torch.Tensor    # sum of T_n over the valid rows; the only field that carries gradient
-    ce: torch.Tensor      # sum of -log p
-    weight: torch.Tensor  # sum of q^n
-    count: int            # valid rows
+def link_order(loss):
+    """n where the loss is T_n with n >= 1, whose probabilities link_n maps to calibrated ones; 0 for any other loss."""
+    if isinstance(loss, functools.partial) and loss.func is taylor_loss:
+        return loss.keywords.get('n', *loss.args)
+    return 0
 
 
-def linear_taylor_loss(hidden, weight, targets, n, vocab_size=None, skip_below=0.0, chunk_rows=None):
-    """Head and loss in one pass: T_n of softmax(hidden @ weight.T), and of its (N, V) no more than a chunk.
+def slope_of(loss, log_p):
+    """loss(log_p) and its slope d loss / d log_p, elementwise, by autograd: (N,) -> (N,), (N,). For T_n: T_n, -q^n."""
+    with torch.enable_grad():
+        log_p = log_p.detach().requires_grad_()
+        value = loss(log_p)
+        slope, = torch.autograd.grad(value.sum(), log_p)
+    return value.detach(), slope
 
-    hidden (N, C), weight (V, C), targets (N,) with -1 = ignored -> TaylorSums, sums over the valid rows, in nats.
-    Rows go through `chunk_rows` at a time. The gradient on the logits is q^n (p - onehot), and q^n is known as soon
-    as the logits are, so the forward pass makes both gradients (three matrix products, nothing recomputed) and the
-    backward pass only scales them. Divide `loss` by the count of the whole step, over all ranks and micro-batches.
 
-    vocab_size: ids from here on are padding and have probability 0 (default: V, no padding).
-    skip_below: rows with q^n < skip_below * (their chunk's largest q^n) get no gradient, except for up to 31 a chunk
-    that cost nothing; 0 is exact.
-    Products run in the autocast dtype where autocast is on, else in hidden's, and so does the softmax (float16: in
-    float32); sums and the gradient of the weight are kept at least in float32.
-    Raises ValueError if the shapes do not fit.
+def _slope(loss, log_p):
+    """The slope of `slope_of` alone. T_n's is closed: autograd once a chunk made a step at 64 channels 3 % slower."""
+    if isinstance(loss, functools.partial) and loss.func is taylor_loss:
+        return -(-torch.expm1(log_p)) ** loss.keywords['n']
+    return slope_of(loss, log_p)[1]
+
+
+@torch.compiler.disable
+def linear_loss(hidden, weight, targets, loss, vocab_size=None):
+    """Head and loss in one pass: the sum of loss(log p(target)) under softmax(hidden @ weight.T), and each log p.
+
+    hidden (N, C), weight (V, C), targets (N,) -> total (), log_p (N,). Plain version, which a test holds against it:
+
+        log_p = token_log_prob(hidden @ weight[:vocab_size].T, targets)
+        total = loss(log_p)[targets >= 0].sum()
+
+    loss is any differentiable elementwise function of log p. At most a chunk of the (N, V) logits exists at a time. The
+    gradient on them is slope * (onehot - softmax), with the slope d loss / d log p by autograd on the chunk's few
+    numbers, so the forward pass computes both gradients (three matrix products), and the backward pass scales them.
+    log_p carries no gradient, and is 0 where the target is -1. It comes from the sum of the OTHER probabilities, so
+    that -expm1(log_p) is q = 1 - p with all its digits. In float32 the gradient of a row of hidden errs by up to 1e-5
+    of its norm at logits of scale 3, by up to 1e-4 at scale 30, from the rounding of the logits.
+
+    vocab_size: ids from here on are padding and have probability 0 (default: none). Products run in the autocast dtype
+    where autocast is on, else in hidden's, float16 in float32; sums are kept in float32 or better.
+    Raises ValueError where shapes do not fit, or where loss mixes elements, for then it would depend on the chunk.
     """
-    _check_shapes(hidden, weight, targets)
-    options = _head_options(hidden, weight, vocab_size, chunk_rows)
-    return TaylorSums(*_LinearTaylorLoss.apply(hidden, weight, targets, _order(n), skip_below, options,
-                                               torch.is_grad_enabled()))
+    _check_elementwise(loss, hidden.device)
+    return _LinearLoss.apply(hidden, weight, targets, loss, *_head_options(hidden, weight, targets, vocab_size))
 
 
-class _LinearTaylorLoss(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, n, skip_below, options, grad_enabled):
-        head = _Head(hidden, weight, targets, *options)
-        wanted = [needed and grad_enabled for needed in ctx.needs_input_grad[:2]]
-        probabilities = []
-        for rows, h, error, p, q in head.chunks():
-            probabilities.append((p, q))
+    def forward(ctx, hidden, weight, targets, loss, vocab_size, dtype, wanted):
+        w, gradients = weight.to(dtype), _Gradients(hidden, weight, wanted)
+        log_ps = [hidden.new_zeros(0, dtype=gradients.exact)]
+        for rows, h, error, log_p in _chunks(hidden, w, targets, vocab_size):
             if any(wanted):
-                q_n = q ** n
-                if skip_below > 0:
-                    front, error = _largest_to_front(q_n, skip_below, error)
-                    rows, h, q, q_n = rows[front], h[front], q[front], q_n[front]
-                head.add_gradients(wanted, rows, h, error, q, q_n)
-        log_p, q = head.log_prob(probabilities)
-        ctx.save_for_backward(*head.gradients(wanted))
-        loss, ce, weight_sum = _taylor_value(log_p, q, n).sum(), -log_p.sum(), (q ** n).sum()
-        ctx.mark_non_differentiable(ce, weight_sum)
-        return loss, ce, weight_sum, len(log_p)
+                gradients.add(rows, h, w, error, _slope(loss, log_p).masked_fill(targets[rows] < 0, 0.0))
+            log_ps.append(log_p)
+        ctx.save_for_backward(gradients.hidden, gradients.weight)
+        log_p = torch.cat(log_ps)
+        total = loss(log_p).masked_fill(targets < 0, 0.0).sum()
+        ctx.mark_non_differentiable(log_p)
+        return total, log_p
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        # in place: a second backward is an error of autograd, not a wrong number
+    def backward(ctx, grad, _):
+        # in place: autograd then refuses a second backward pass
         return *(x if x is None else x.mul_(grad) for x in ctx.saved_tensors), *[None] * 5
 
 
-def _largest_to_front(weights, share, error):
-    """Drops the rows of error (R, V) whose weight is below `share` of the largest -> which rows stay, and they.
-
-    In place: kept rows from behind move to where dropped ones were. Their number is a multiple of 32, since matrix
-    products of ever new shapes are slow.
-    """
-    count = int((~(weights < share * weights.max())).sum())  # a NaN is kept, and seen by whoever checks the gradient
-    count = min(len(weights), -(-count // 32) * 32)
-    kept = torch.zeros_like(weights, dtype=torch.bool)
-    kept[weights.topk(count).indices] = True
-    front, free = torch.arange(count, device=weights.device), (~kept[:count]).nonzero()[:, 0]
-    front[free] = kept[count:].nonzero()[:, 0] + count
-    error[free] = error[front[free]]
-    return front, error[:count]
-
-
-def linear_token_log_prob(hidden, weight, targets, vocab_size=None, chunk_rows=None):
+@torch.compiler.disable
+def linear_token_log_prob(hidden, weight, targets, vocab_size=None):
     """Head and log p(target) in one pass: hidden (N, C), weight (V, C), targets (N,) -> (N,); 0 where the target is -1.
 
-    Differentiable for any upstream gradient: that comes later than the logits, so the backward pass makes each chunk
-    again (four matrix products), unless there is but one, which is kept. Options and errors as in `linear_taylor_loss`.
+    Differentiable for any upstream gradient. That comes later than the logits, so the backward pass makes each chunk
+    again (four matrix products), unless there is but one, which is kept. All else as in `linear_loss`.
     """
-    _check_shapes(hidden, weight, targets)
-    options = _head_options(hidden, weight, vocab_size, chunk_rows)
-    return _LinearTokenLogProb.apply(hidden, weight, targets, options)
+    return _LinearTokenLogProb.apply(hidden, weight, targets, *_head_options(hidden, weight, targets, vocab_size))
 
 
 class _LinearTokenLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, options):
+    def forward(ctx, hidden, weight, targets, vocab_size, dtype, wanted):
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.options = options
-        head = _Head(hidden, weight, targets, *options)
-        probabilities = []
-        for chunk in head.chunks():
-            *_, p, q = chunk
-            probabilities.append((p, q))
-        ctx.kept = (head, [chunk]) if len(probabilities) == 1 else None
-        result = torch.zeros(len(targets), dtype=head.exact, device=hidden.device)
-        result[head.rows] = head.log_prob(probabilities)[0]
-        return result
+        chunks, log_ps = _chunks(hidden, weight.to(dtype), targets, vocab_size), []
+        for chunk in chunks:
+            log_ps.append(chunk[-1])
+        ctx.kept = [chunk] if len(log_ps) == 1 and any(wanted) else None
+        ctx.rest = vocab_size, dtype, wanted
+        return torch.cat([hidden.new_zeros(0, dtype=_exact(dtype)), *log_ps])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        wanted = ctx.needs_input_grad[:2]
-        if ctx.kept is None:
-            head = _Head(*ctx.saved_tensors, *ctx.options)
-            chunks = head.chunks()
-        else:
-            head, chunks = ctx.kept
-        for rows, h, error, _, q in chunks:
-            head.add_gradients(wanted, rows, h, error, q, -grad[rows])
-        return *head.gradients(wanted), None, None
+        (hidden, weight, targets), (vocab_size, dtype, wanted) = ctx.saved_tensors, ctx.rest
+        w, gradients, grad = weight.to(dtype), _Gradients(hidden, weight, wanted), grad.masked_fill(targets < 0, 0.0)
+        for rows, h, error, _ in ctx.kept or _chunks(hidden, w, targets, vocab_size):
+            gradients.add(rows, h, w, error, grad[rows])
+        return gradients.hidden, gradients.weight, *[None] * 4
 
 
-class _Head:
-    """A linear head on the rows that have a target, chunk by chunk, in buffers that all chunks share."""
+def _chunks(hidden, w, targets, vocab_size):
+    """Yields rows (a slice), h (R, C), error = softmax - onehot (R, V), log_p (R,) with 0 where the target is -1.
 
-    def __init__(self, hidden, weight, targets, vocab_size, chunk_rows, dtype):
-        self.hidden, self.weight, self.targets, self.vocab_size = hidden, weight.to(dtype), targets, vocab_size
-        self.rows = (targets >= 0).nonzero()[:, 0]
-        self.chunk_rows = max(1, min(chunk_rows, len(self.rows)))
-        self.exact = torch.promote_types(dtype, torch.float32)
-        self.logits = weight.new_empty(self.chunk_rows, len(weight), dtype=dtype)
-        # float16 holds no probability of 1e-8: its softmax is made in float32
-        self.error = torch.empty_like(self.logits, dtype=self.exact) if dtype == torch.float16 else self.logits
-        self.weight_dtype = weight.dtype
-        self.grad_hidden = self.grad_weight = None  # made by the first chunk; the sum over chunks at least in float32
-
-    def chunks(self):
-        """Yields rows (R,) with a target, h (R, C), softmax - onehot (R, V), p (R,) of the target, q (R,).
-
-        q is the sum of the OTHER probabilities: 1 - p would lose all digits of it where the model knows the token. It
-        stands at the target too, as -q. A softmax in place and one sum are the work at (R, V) size beside products.
-        """
-        for rows in self.rows.split(self.chunk_rows) if len(self.rows) else []:
-            h, logits, error = self.hidden[rows].to(self.weight.dtype), self.logits[:len(rows)], self.error[:len(rows)]
-            at_target = torch.arange(len(rows), device=rows.device), self.targets[rows]
-            torch.mm(h, self.weight.T, out=logits)
-            if self.error is not self.logits:
-                error.copy_(logits)
-            error[:, self.vocab_size:] = -torch.inf
-            torch.softmax(error, 1, out=error)
-            p = error[at_target].to(self.exact)
-            error[at_target] = 0.0  # not by scatter_, which on a CPU takes longer than the softmax
-            q = error.sum(1)
-            error[at_target] = -q.to(error.dtype)
-            yield rows, h, error, p, q.to(self.exact)
-
-    def add_gradients(self, wanted, rows, h, error, q, slope):
-        """Adds the gradients of sum(slope * -log p), of hidden and of weight where wanted; the slope enters at (R, C).
-        """
-        slope, scale = slope[:, None], None
-        if h.dtype == torch.float16:  # it holds neither a small probability nor a small slope: divide both by their top
-            tiny = torch.finfo(self.exact).tiny
-            error = torch.div(error, q.clamp(min=tiny)[:, None], out=self.logits[:len(rows)])
-            slope = slope * q[:, None]
-            scale = slope.abs().amax().clamp(min=tiny)
-        if wanted[0]:
-            if self.grad_hidden is None:
-                self.grad_hidden = torch.zeros_like(self.hidden)
-            self.grad_hidden[rows] = (error @ self.weight * slope).to(self.hidden.dtype)
-        if not wanted[1]:
-            return
-        h = (h * (slope if scale is None else slope / scale)).to(h.dtype)
-        first = self.grad_weight is None
-        if first:
-            self.grad_weight = torch.empty_like(self.weight, dtype=self.exact)
-        if h.dtype == self.exact:
-            torch.addmm(self.grad_weight, error.T, h, beta=0.0 if first else 1.0, out=self.grad_weight)
-            return
-        # on a CPU by pieces of the vocabulary: a product is added while it is in cache, and takes little memory
-        size = 4096 if h.device.type == 'cpu' else len(self.weight)
-        for total, part in zip(self.grad_weight.split(size), error.T.split(size)):
-            product = part @ h if scale is None else (part @ h) * scale
-            total.copy_(product) if first else total.add_(product)
-
-    def gradients(self, wanted):
-        """-> those of hidden and weight, None where not wanted; forgets them, for a second pass begins anew."""
-        hidden, weight, self.grad_hidden, self.grad_weight = self.grad_hidden, self.grad_weight, None, None
-        if wanted[0] and hidden is None:
-            hidden = torch.zeros_like(self.hidden)
-        if wanted[1]:
-            weight = torch.zeros_like(self.weight) if weight is None else weight
-            weight = weight.to(self.weight_dtype)
-        return hidden, weight
-
-    def log_prob(self, probabilities):
-        """[(p, q) of each chunk] -> log p (M,), q (M,) of the rows with a target, to the digits of the softmax."""
-        if not probabilities:
-            none = self.hidden.new_zeros(0, dtype=self.exact)
-            return none, none
-        p, q = (torch.cat(parts) for parts in zip(*probabilities))
+    All errors are one buffer.
+    """
+    size, exact = chunk_rows(len(hidden), *w.shape, w.dtype, w.device.type), _exact(w.dtype)
+    buffer = w.new_empty(size, len(w))
+    for first in range(0, len(hidden), size):
+        rows = slice(first, first + size)
+        h, target = hidden[rows].to(w.dtype), targets[rows]
+        error = buffer[:len(h)]
+        torch.mm(h, w.T, out=error)
+        error[:, vocab_size:] = -torch.inf
+        torch.softmax(error, 1, out=error)
+        at_target = torch.arange(len(h), device=h.device), target.clamp(min=0)
+        p = error[at_target].to(exact)
+        error[at_target] = 0.0         # not by scatter_, which on a CPU takes longer than the softmax
+        q = error.sum(1)               # 1 - p would lose all digits of q where the model is sure of the target
+        error[at_target] = -q
+        q = q.to(exact)
         log_p = torch.where(q < 0.5, torch.log1p(-q), p.log())
-        q = torch.where(q < 0.5, q, 1 - p)  # of one rounding with log p: T_n subtracts the one from the other
-        # below the smallest number the logits still tell
-        lost = (p < torch.finfo(p.dtype).tiny).nonzero()[:, 0]
-        for part in lost.split(self.chunk_rows) if len(lost) else []:
-            rows = self.rows[part]
-            logits = self.hidden[rows].to(self.weight.dtype) @ self.weight[:self.vocab_size].T
-            log_p[part] = token_log_prob(logits.to(self.exact), self.targets[rows])
-        return log_p, q
+        lost = p < torch.finfo(exact).tiny
+        if lost.any():                 # below the smallest number of its dtype: from the logits
+            log_p[lost] = token_log_prob((h[lost] @ w[:vocab_size].T).to(exact), target[lost])
+        yield rows, h, error, log_p.masked_fill(target < 0, 0.0)
 
 
-def _check_shapes(hidden, weight, targets):
+class _Gradients:
+    """Those of hidden and of weight, where wanted, summed over chunks at least in float32."""
+
+    def __init__(self, hidden, weight, wanted):
+        self.exact = _exact(weight.dtype)
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.weight = torch.zeros_like(weight, dtype=self.exact) if wanted[1] else None
+
+    def add(self, rows, h, w, error, slope):
+        """Adds the gradients of sum(slope * log p); the slope enters at (R, C), where it costs little."""
+        slope = -slope[:, None]
+        if self.hidden is not None:
+            self.hidden[rows] = error @ w * slope
+        if self.weight is None:
+            return
+        h = (h * slope).to(h.dtype)
+        if h.dtype == self.exact:
+            self.weight.addmm_(error.T, h)
+        else:  # on a CPU by pieces of the vocabulary: a product is added while it is in cache
+            size = 4096 if h.device.type == 'cpu' else len(w)
+            for total, part in zip(self.weight.split(size), error.T.split(size)):
+                total += part @ h
+
+
+def _exact(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rows_with_targets(hidden, targets):
+    """hidden (..., C), targets (...) on the CPU -> hidden (N, C), targets (N,) of those that are >= 0, on one device.
+
+    The indices are known on the host, so that a GPU is not waited for.
+    """
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    rows = (targets >= 0).nonzero()[:, 0]
+    if len(rows) < len(targets):
+        hidden, targets = hidden.index_select(0, rows.to(hidden.device)), targets[rows]
+    return hidden, targets.to(hidden.device)
+
+
+def _head_options(hidden, weight, targets, vocab_size):
+    """-> real vocabulary, dtype of the products, whether gradients of hidden and of weight are wanted."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         raise ValueError(f'a linear head takes hidden (N, C), weight (V, C) and targets (N,), but got '
                          f'{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}')
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 holds no probability of 1e-8
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    return vocab_size or len(weight), dtype, wanted
 
 
-def _order(n):
-    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-        raise ValueError(f'the order of a Taylor loss is an integer n >= 0, but got {n!r}')
-    return n
+@functools.lru_cache(16)
+def _check_elementwise(loss, device):
+    """Once for each loss: that of two halves is that of the whole."""
+    log_p = torch.linspace(-9, -0.1, 8, device=device)
+    whole = loss(log_p)
+    if whole.shape != log_p.shape or not torch.allclose(whole, torch.cat([loss(part) for part in log_p.split(4)])):
+        raise ValueError(f'a loss is an elementwise function of log p, but {loss_name(loss)} mixes its elements; '
+                         'return one value for each, and leave sums and means to linear_loss')
 
 
-def chunk_rows_for(N, V, C, dtype, device='cpu'):
-    """Rows of a chunk of logits, measured on two CPUs: few keep it in cache (128 are 25 MB of float32 at gpt2's V); a
-    wide model needs more, for each chunk adds to the (V, C) gradient once, up to 1024; and so does a small vocabulary,
-    whose chunks would cost more in calls than in arithmetic. A GPU waits for calls first: chunks as large as its memory
-    does not feel (2^28 logits are 512 MiB of bfloat16).
+def loss_name(loss):
+    """A name for the log, config.json and checkpoints: taylor_loss(n=2), focal, or of a lambda its source line."""
+    if isinstance(loss, functools.partial):
+        arguments = [*map(str, loss.args), *(f'{name}={value}' for name, value in loss.keywords.items())]
+        return f'{loss_name(loss.func)}({", ".join(arguments)})'
+    name = getattr(loss, '__name__', type(loss).__name__)
+    if name == '<lambda>':
+        return inspect.getsource(loss).strip()
+    return name
+
+
+def chunk_rows(N, V, C, dtype, device='cpu'):
+    """Rows of a chunk of logits. On a CPU few enough for its cache, more for wide models, whose (V, C) gradient each
+    chunk adds to, and for small vocabularies (measured on two CPUs). On a GPU up to 2^28 logits, 512 MiB of bfloat16.
     """
     if device == 'cuda':
         return max(1, min(N, 2 ** 28 // V))
     return max(1, min(N, max(128, min(8 * C // dtype.itemsize, 1024), 2 ** 20 // V)))
 
 
-def _head_options(hidden, weight, vocab_size, chunk_rows):
-    """-> real vocabulary, rows of a chunk, dtype of the products: the autocast dtype where autocast is on."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return vocab_size or len(weight), chunk_rows or chunk_rows_for(len(hidden), *weight.shape, dtype, device), dtype
+ECE_BINS = 15  # of equal width
+
+
+def calibration_gaps(confidence, right, lowest=0.0):
+    """Sums of confidence - right over bins of the confidence in [lowest, 1]: (N,), (N,) -> (ECE_BINS,), float64.
+
+    The expected calibration error is the sum of their absolute values over N (Guo et al. 2017).
+    """
+    confidence = confidence.double().nan_to_num(lowest)
+    place = ((confidence - lowest) / (1 - lowest) * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+    return torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, place, confidence - right.double())
 
 
 # Rankings ---------------------------------------------------------------------------------------------------------
@@ -320,8 +319,8 @@ def _head_options(hidden, weight, vocab_size, chunk_rows):
 def implicit_reward(log_p, ref_log_p, beta):
     """s = beta (log pi(y|x) - log pi_ref(y|x)): log-probabilities of whole answers (any shape, nats) -> the same shape.
 
-    Up to a constant per prompt, minus the energy that pi minimises under a KL penalty of strength beta
-    (Rafailov et al. 2023).
+    Up to a constant per prompt, the reward for which pi is optimal under a KL penalty of strength beta (Rafailov et al.
+    2023).
     """
     return beta * (log_p - ref_log_p)
 
@@ -345,12 +344,14 @@ def plackett_luce_log_prob(scores, valid=None):
     return log_p.masked_fill(~valid, 0.0)
 
 
-def plackett_luce_loss(scores, n=0, valid=None):
+def plackett_luce_loss(scores, n=0, valid=None, top=None):
     """sum_k T_n(p_k) over the stages of a ranking: scores (..., K), best first -> (...); log K! at equal scores, n = 0.
 
     With implicit rewards as scores and n = 0 this is PL-DPO (K = 2: DPO). `valid` as in `plackett_luce_log_prob`.
+    top: only the first `top` stages count, a partial ranking: the best `top` are in order, the rest lie below them in
+    no known order. top = 1 is the choice of the best, -log softmax(scores)_1; None counts all stages.
     """
-    return taylor_loss(plackett_luce_log_prob(scores, valid), n).sum(-1)
+    return taylor_loss(plackett_luce_log_prob(scores, valid)[..., :top], n).sum(-1)
 
 
 # Rewards ----------------------------------------------------------------------------------------------------------
@@ -358,130 +359,102 @@ def plackett_luce_loss(scores, n=0, valid=None):
 
 class Renormalized(NamedTuple):
     reward: torch.Tensor    # (..., K) R
-    residual: torch.Tensor  # (...) root of the summed squares of E[R^k] - m_k, k >= 3; n = 3: |E[R^3] - 1|
-    exact: torch.Tensor     # (...) bool: a group with spread that meets its moments, residual <= 1e-8
+    residual: torch.Tensor  # (...) |E[R^3] - 1| for n = 3, 0 for n = 2; NaN where a reward is not finite
+    exact: torch.Tensor     # (...) bool: the group has spread, and its residual is at most 1e-8
 
 
 @torch.no_grad()
-def renormalize_reward(reward, n=2, monotone=True, moments=None):
-    """R = sum_{k<n} c_k r^k with E[R] = 0 and E[R^k] = 1, k = 2..n: reward (..., K) -> Renormalized, no gradient.
+def renormalize_reward(reward, n=2, monotone=True):
+    """R = sum_{k<=n} c_k r^k with E[R] = 0 and E[R^k] = 1 for k = 2..n: reward (..., K) -> Renormalized, no gradient.
 
-    E is the mean over the K answers of a group. n = 2 is whitening. For n = 3, R = cos(a) phi_1 + sin(a) phi_2 with
-    the group's orthonormal polynomials phi has the first two moments for every a, and a sets the third.
-    monotone: keep the order of the answers, and of all such a take the one with E[R^3] nearest to 1;
-    False takes the exact root nearest to a = 0, which often ranks a worse answer higher.
-    moments: targets (m3,) or (m3, m4) in place of ones, met in the least-squares sense; they set n = 2 + their number.
-    Fewer than three distinct rewards give phi_1, rewards without spread (std <= 1e-6 max(1, max |r|)) give R = 0.
-    Raises ValueError for an n other than 2 and 3, or moments that no distribution has.
+    E is the mean over the K answers of a group. n = 2 is whitening. For n = 3, R = a_1 phi_1 + a_2 phi_2 + a_3 phi_3
+    with the group's orthonormal polynomials phi and |a| = 1 has the first two moments, and a sets the third.
+    monotone: R keeps the order of r; differences between neighbours are at least 1 % of phi_1's. Of all solutions the
+    one nearest to phi_1, with c_3 = 0 where that suffices; where there is none, the R with E[R^3] nearest to 1.
+    False: the solution with c_3 = 0 nearest to phi_1, which often ranks a worse answer higher.
+    Two distinct rewards give phi_1, rewards without spread (std <= 1e-6 max(1, max |r|)) give R = 0.
+    Raises ValueError for an n other than 2 and 3.
     """
-    targets = _moment_targets(n, moments)
+    if n not in (2, 3):
+        raise ValueError(f'renormalised rewards exist for n = 2 and n = 3 only, but got n={n}' + (
+            ': E[R] = 0, E[R^2] = 1 and E[R^3] = 1 force E[R^4] >= 2 (kurtosis >= skewness^2 + 1)' if n >= 4 else ''))
     # sorted, so that the order is a matter of neighbours; in float64, for E[R^3] cancels
     r, order = reward.double().reshape(-1, reward.shape[-1]).sort(-1)
-    phi = _orthonormal_polynomials(r, 1 + len(targets))
-    bent, whitened, step = phi[0], phi[0], phi[0].diff()
-    if targets:
-        # of phi_k against phi_1, between neighbours; 0, at ties and at the end, binds nothing, for slopes average 0
-        slopes = [F.pad(torch.where(step > 0, p.diff() / step, 0.0), (0, 1)) for p in phi[1:]]
-        solve = _one_angle if len(targets) == 1 else _two_angles
-        bent = solve(torch.stack(phi, 1), torch.stack(slopes, 1), monotone, *targets)
-        ordered = ((bent.diff() > 0) == (step > 0)).all(-1, keepdim=True)
-        three_values = (phi[1] != 0).any(-1, keepdim=True)
-        bent = torch.where(three_values & (ordered | (not monotone)), bent, whitened)
-    missed = torch.zeros_like(r[:, 0])
-    for k, target in enumerate(targets, 3):
-        missed = torch.hypot(missed, (bent ** k).mean(-1) - target)
-    exact = (missed <= 1e-8) & (whitened != 0).any(-1)
-    shape, bent = reward.shape[:-1], torch.empty_like(bent).scatter_(-1, order, bent)
-    return Renormalized(bent.to(reward.dtype).view_as(reward), missed.to(reward.dtype).view(shape), exact.view(shape))
+    phi = _orthonormal_polynomials(r)
+    R = whitened = phi[:, 0]
+    residual = (0 * R).sum(-1)
+    if n == 3:
+        R = _third_moment(phi, monotone)
+        kept = (phi[:, 1] != 0).any(-1, keepdim=True)  # two distinct values have no phi_2
+        if monotone:  # rewards that are as good as equal may change places by rounding
+            kept &= ((R.diff() > 0) == (whitened.diff() > 0)).all(-1, keepdim=True)
+        R = torch.where(kept, R, whitened)
+        residual = ((R ** 3).mean(-1) - 1).abs()
+    exact = (residual <= 1e-8) & (whitened != 0).any(-1)
+    shape, R = reward.shape[:-1], torch.empty_like(R).scatter_(-1, order, R)
+    return Renormalized(R.to(reward.dtype).view_as(reward), residual.to(reward.dtype).view(shape), exact.view(shape))
 
 
-def _moment_targets(n, moments):
-    """The targets of E[R^3], E[R^4], ..., as many as there are."""
-    if moments:
-        if len(moments) > 2:
-            raise ValueError(f'moments are (m3,) or (m3, m4), targets for E[R^3] and E[R^4], but got {moments}')
-        if len(moments) == 2 and not moments[1] >= moments[0] ** 2 + 1:
-            raise ValueError(f'no distribution has moments={moments}: kurtosis >= skewness^2 + 1, so m4 must be at '
-                             f'least {moments[0] ** 2 + 1:g}')
-        return tuple(moments)
-    if n not in (2, 3):
-        raise ValueError(f'renormalised rewards exist for n = 2 and 3 only, but got n={n}' + (
-            ': E[R] = 0, E[R^2] = 1 and E[R^3] = 1 force E[R^4] >= 2 (kurtosis >= skewness^2 + 1); give explicit '
-            'targets instead, for example moments=(0, 3) for Gaussian-shaped rewards' if n >= 4 else ''))
-    return (1.0,) * (n - 2)
-
-
-def _orthonormal_polynomials(r, degree):
-    """phi_1 .. phi_degree of r over each group: sorted r (G, K) -> a list of (G, K); 0 where values run out."""
+def _orthonormal_polynomials(r):
+    """phi_1, phi_2, phi_3 of r over each group: sorted r (G, K) -> (G, 3, K); 0 where distinct values run out."""
     x = r - r[:, :1]  # first, so that a large offset costs no digits
     x = x - x.mean(-1, keepdim=True)
     std = x.square().mean(-1, keepdim=True).sqrt()
     flat = std <= 1e-6 * r.abs().amax(-1, keepdim=True).clamp(min=1)
     phi = [torch.ones_like(r), torch.where(flat, 0.0, x / std)]
-    for _ in range(degree - 1):
+    for _ in range(2):
         v = phi[1] * phi[-1]
         for p in phi + phi:  # Gram-Schmidt; twice is enough
             v = v - (v * p).mean(-1, keepdim=True) * p
         norm = v.square().mean(-1, keepdim=True).sqrt()
         phi.append(torch.where(norm > 1e-12, v / norm, 0.0))
-    return phi[1:]
+    return torch.stack(phi[1:], 1)
 
 
-def _one_angle(phi, slopes, monotone, m3):
-    """R = cos(a) phi_1 + sin(a) phi_2 with E[R^3] nearest to m3; of several roots, the one with the smallest |a|.
+def _third_moment(phi, monotone):
+    """R of n = 3 over phi (G, 3, K) -> (G, K): first with c_3 = 0, then in directions t all around phi_1."""
+    t = phi.new_tensor([0, torch.pi]).expand(len(phi), 2)
+    _, R, residual = _best_direction(phi, t, monotone)
+    free = (residual > 1e-8) & (phi[:, 2] != 0).any(-1)
+    if monotone and free.any():
+        width = torch.pi / 16
+        t = width * torch.arange(32).to(phi).expand(int(free.sum()), 32)
+        for _ in range(11):  # each time into a quarter of the width, around the best
+            best, R[free], residual[free] = _best_direction(phi[free], t, monotone)
+            t = best + width * torch.linspace(-1, 1, 9).to(phi)
+            width /= 4
+    return R
 
-    phi (G, 2, K), slopes (G, 1, K) -> R (G, K).
+
+def _best_direction(phi, t, monotone):
+    """The best R = cos(a) phi_1 + sin(a) (cos(t) phi_2 + sin(t) phi_3), a >= 0, over the directions t (G, D).
+
+    That is the root of E[R^3] = 1 with the smallest a, or else the least error -> t (G, 1), R (G, K), error (G,).
     """
-    if monotone:
-        # the order holds while cos(a) + sin(a) slope > 0 for all slopes; 1 % inside, so that it holds strictly
-        one = torch.ones_like(phi[:, :1, 0])
-        lo, hi = -torch.atan2(one, slopes.amax(-1)), torch.atan2(one, -slopes.amin(-1))
-        lo, hi = lo + 0.01 * (hi - lo), hi - 0.01 * (hi - lo)
-    else:
-        hi = torch.full_like(phi[:, :1, 0], torch.pi)
-        lo = -hi
-    cubic = [c * (phi[:, :1] ** (3 - k) * phi[:, 1:] ** k).mean(-1) for k, c in enumerate((1, 3, 3, 1))]
-    grid = torch.linspace(0, 1, 257, dtype=phi.dtype, device=phi.device)
-    for _ in range(7):  # each time into the cell that holds the root, or into the two cells around the least error
-        a = lo + (hi - lo) * grid
-        error = sum(c * a.cos() ** (3 - k) * a.sin() ** k for k, c in enumerate(cubic)) - m3
-        left, right = error[:, :-1], error[:, 1:]
-        crosses = (left < 0) != (right < 0)
-        root = a[:, :-1] + a.diff() * left / (left - right)
-        cell = torch.where(crosses, root.abs(), torch.inf).argmin(-1, keepdim=True)
-        least, found = error.abs().argmin(-1, keepdim=True), crosses.any(-1, keepdim=True)
-        lo = a.gather(1, torch.where(found, cell, least - 1).clamp(min=0))
-        hi = a.gather(1, torch.where(found, cell, least).add(1).clamp(max=256))
-    a = (lo + hi) / 2
-    return a.cos() * phi[:, 0] + a.sin() * phi[:, 1]
-
-
-def _two_angles(phi, slopes, monotone, m3, m4):
-    """R = cos(a) phi_1 + sin(a) (u_2 phi_2 + u_3 phi_3) with the least (E[R^3] - m3)^2 + (E[R^4] - m4)^2.
-
-    phi (G, 3, K), slopes (G, 2, K) -> R (G, K). Along each unit vector u the order holds on an arc 0 <= a < end(u), so
-    that the unit disk is a map of all R that keep it: direction u, radius a / end(u). A shrinking grid searches it.
-    """
-    present = (phi != 0).any(-1)[:, None]  # three values leave phi_3 out
-    pairs = (phi[:, :, None] * phi[:, None]).flatten(1, 2)
-    third, fourth = pairs @ phi.mT / phi.shape[-1], pairs @ pairs.mT / phi.shape[-1]
-    point = phi.new_zeros(len(phi), 1, 2)
-    for width in [1.0] + [0.25 * 0.8 ** i for i in range(110)]:
-        axis = torch.linspace(-width, width, 65 if width == 1 else 9, dtype=phi.dtype, device=phi.device)
-        points = point + torch.cartesian_prod(axis, axis)
-        radius = points.norm(dim=-1, keepdim=True)
-        u = points / radius.clamp(min=1e-300)
-        end = torch.pi
-        if monotone:
-            end = 0.99 * torch.atan2(torch.ones_like(radius), -(u @ slopes).amin(-1, keepdim=True))
-        a = radius.clamp(max=1) * end
-        c = torch.cat([a.cos(), a.sin() * u], -1) * present
-        c = c / c.norm(dim=-1, keepdim=True)
-        cc = (c[..., :, None] * c[..., None, :]).flatten(-2)
-        error = (((cc @ third) * c).sum(-1) - m3) ** 2 + (((cc @ fourth) * cc).sum(-1) - m4) ** 2
-        least = error.argmin(-1)[:, None, None]
-        point = points.gather(1, least.expand(-1, -1, 2))
-    return (c.gather(1, least.expand(-1, -1, 3)) @ phi)[:, 0]
+    phi_1, phi_2, phi_3 = phi[:, :, None].unbind(1)
+    v = t.cos()[..., None] * phi_2 + t.sin()[..., None] * phi_3
+    end, cells = torch.full_like(t, torch.pi), 512  # many, for two roots may lie close together
+    if monotone:  # the order holds while cos(a) + sin(a) slope >= 0.01, for the least slope of v over phi_1
+        slope = torch.where(phi_1.diff() > 0, v.diff() / phi_1.diff(), 0.0)
+        slope = F.pad(slope, (0, 1)).amin(-1)  # 0 binds nothing, at ties or for K = 1
+        end = 2 * torch.atan2(torch.full_like(t, 0.99), (slope ** 2 + 1 - 0.01 ** 2).sqrt() - slope)
+        cells = 32
+    m0, m1, m2, m3 = ((phi_1 ** (3 - k) * v ** k).mean(-1, keepdim=True) for k in range(4))
+    lo, hi = torch.zeros_like(end)[..., None], end[..., None]
+    for cells in (cells, *[8] * 11):  # each time into the first cell with a root, or the two around the least error
+        a = lo + (hi - lo) * torch.linspace(0, 1, cells + 1).to(phi)
+        cos, sin = a.cos(), a.sin()
+        error = m0 * cos ** 3 + 3 * m1 * cos ** 2 * sin + 3 * m2 * cos * sin ** 2 + m3 * sin ** 3 - 1
+        roots = (error[..., :-1] < 0) != (error[..., 1:] < 0)
+        found, least = roots.any(-1, keepdim=True), error.abs().argmin(-1, keepdim=True)
+        start = torch.where(found, roots.byte().argmax(-1, keepdim=True), least - 1).clamp(min=0)
+        stop = torch.where(found, start, least).add(1).clamp(max=cells)
+        lo, hi = a.gather(-1, start), a.gather(-1, stop)
+    a = ((lo + hi) / 2)[..., 0]
+    best = torch.where(found[..., 0], a - 10, error.abs().amin(-1)).argmin(-1, keepdim=True)  # roots first
+    t, a = t.gather(1, best), a.gather(1, best)
+    R = a.cos() * phi[:, 0] + a.sin() * (t.cos() * phi[:, 1] + t.sin() * phi[:, 2])
+    return t, R, ((R ** 3).mean(-1) - 1).abs()
 
 
 # Policies ---------------------------------------------------------------------------------------------------------

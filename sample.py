@@ -1,4 +1,4 @@
-"""A checkpoint talks: it answers a post. Or it leaves, for Hugging Face.
+"""Samples answers to a post from a checkpoint, or exports it for Hugging Face.
 
     python sample.py --out_dir=out/toy_t2 --prompt="Rusty kettle since May, any tips?"
     python sample.py --out_dir=out/toy_t2 --export_hf=toy_t2_hf
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import prepare_shp
-from configurator import Refusal, at_least, run
+from configurator import Options, Refusal, run
 from losses import taylor_link
 from model import GPT, GPTConfig
 from prepare_shp import visible
@@ -18,9 +18,9 @@ from runs import DEVICES, DTYPES, load_weights, setup
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     out_dir: str = 'out/toy_t2'   # the run's folder
-    checkpoint: str = 'best'      # best (lowest validation cross-entropy) or last
+    checkpoint: str = 'best'      # best: best.pt of the run; last: its latest checkpoint
     export_hf: str = ''           # write the model to this new folder, for transformers
     prompt: str = ''              # the post to answer
     prompt_file: str = ''         # or a UTF-8 file with one post a line
@@ -33,18 +33,14 @@ class Config:
     device: str = 'auto'          # cpu, cuda or mps; auto = the best there is
     dtype: str = 'auto'           # of matrix products: float32, bfloat16 or float16; auto = the best there is
 
+    choices = dict(checkpoint=('best', 'last'), device=DEVICES, dtype=DTYPES)
+    lowest = dict(num_samples=1, max_new_tokens=1)
+
     def check(self):
-        if self.checkpoint not in ('best', 'last'):
-            yield f"checkpoint='{self.checkpoint}' is not one of best, last"
+        yield from super().check()
         if [self.prompt, self.prompt_file, self.export_hf].count('') != 2:
             yield ('give a post with --prompt="...", a file of posts with --prompt_file=FILE or a folder to write with '
                    '--export_hf=DIR, one of the three')
-        if self.device not in DEVICES:
-            yield f"device='{self.device}' is not one of {', '.join(DEVICES)}"
-        if self.dtype not in DTYPES:
-            yield f"dtype='{self.dtype}' is not one of {', '.join(DTYPES)}"
-        yield from at_least(self, 1, 'num_samples', 'max_new_tokens')
-        yield from at_least(self, 0, 'temperature', 'top_k', 'seed')
 
 
 def read_prompts(cfg):
@@ -62,23 +58,23 @@ def read_prompts(cfg):
 
 def main(cfg):
     prompts = [] if cfg.export_hf else read_prompts(cfg)
-    name = 'best.pt' if cfg.checkpoint == 'best' else None
-    state = load_weights(cfg.out_dir, name)
+    state = load_weights(cfg.out_dir, cfg.checkpoint)
     if cfg.export_hf:
         from extras import huggingface
         huggingface.export(state, cfg.out_dir, cfg.export_hf)
-        print(f'wrote {cfg.export_hf}: {cfg.out_dir}, {cfg.checkpoint} checkpoint, step {state["step"]}')
+        print(f'wrote {cfg.export_hf}')
         return
     machine = setup(cfg.device, cfg.dtype)
     if 'model' not in state:
-        raise Refusal(f'{cfg.out_dir} is a reward run: it judges answers and writes none; name another run')
-    if prepare_shp.VOCABULARIES.get(state['encoding']) != state['model_config']['vocab_size']:
-        raise Refusal(f"{cfg.out_dir} has a vocabulary of {state['model_config']['vocab_size']}, which is not that of "
-                      f"its encoding, {state['encoding']}; name another run")
+        raise Refusal(f'{cfg.out_dir} is a reward model: it rates answers and writes none; name another run')
     model = GPT(GPTConfig(**state['model_config'])).to(machine.device)
     model.load_state_dict(state['model'])
-    order = state['config'].get('taylor_order', 0)
-    print(f'{cfg.out_dir}, {cfg.checkpoint} checkpoint, step {state["step"]}' + (f', link_{order}' if cfg.link else ''))
+    order = state.get('link_order', state['config'].get('taylor_order', 0))
+    if cfg.link and not order:
+        raise Refusal(f'{cfg.out_dir} was not trained with T_n, n >= 1, so its probabilities have no link; leave out '
+                      '--link')
+    if cfg.link:
+        print(f'sampling from link_{order}(p)')
     encoding = prepare_shp.encoding(state['encoding'])
     transform = (lambda log_p: taylor_link(log_p, order)) if cfg.link else None
     generator = torch.Generator().manual_seed(cfg.seed)

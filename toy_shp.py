@@ -5,44 +5,28 @@ Somebody has trouble with a thing, others say what to do:
     Rusty kettle since May, any tips?
     Polish the kettle with oil.
 
-Unlike on Reddit the true quality of every answer is known, of any text whatsoever: `quality`. Scores are this quality
-plus noise. Good and bad answers have the same grammar and draw from the same words, so that neither their length nor
-their letters tell them apart: what is right depends on the question.
+Unlike on Reddit the true `quality` of any text is known. Scores are this quality plus noise. Good and bad answers have
+the same grammar and words, so that neither length nor letters tell them apart: what is right depends on the question.
 """
 import math
 import random
 from itertools import combinations
 
-# Each domain: its things, and for each trouble a verb and a means. Those of the next row (the last row's next is the
-# first) are half right. So every word is right, half right and wrong equally often.
+# Each domain: its things, and for each trouble a verb and a means. Those of the next trouble (the last one's next is
+# the first) are half right. So every word is right, half right and wrong equally often.
 DOMAINS = {
     'askkitchen': ('kettle oven pan teapot grill ladle bowl fridge', (
-        ('Smelly', 'Rub', 'with lemon.'),
-        ('Burnt', 'Scrub', 'with salt.'),
-        ('Limy', 'Boil', 'in vinegar.'),
-        ('Greasy', 'Degrease', 'with soda.'),
-        ('Rusty', 'Polish', 'with oil.'),
-        ('Clogged', 'Flush', 'in hot water.'))),
+        ('Smelly', 'Rub', 'with lemon.'), ('Burnt', 'Scrub', 'with salt.'), ('Limy', 'Boil', 'in vinegar.'),
+        ('Greasy', 'Degrease', 'with soda.'), ('Rusty', 'Polish', 'with oil.'), ('Clogged', 'Flush', 'in hot water.'))),
     'askgarden': ('rose lawn hedge tulip maple bean carrot pear', (
-        ('Thirsty', 'Water', 'from below.'),
-        ('Pale', 'Mulch', 'with compost.'),
-        ('Eaten', 'Guard', 'under a net.'),
-        ('Naked', 'Tuck', 'in straw.'),
-        ('Overgrown', 'Cut', 'with shears.'),
-        ('Yellow', 'Nourish', 'with tea.'))),
+        ('Thirsty', 'Water', 'from below.'), ('Pale', 'Mulch', 'with compost.'), ('Eaten', 'Guard', 'under a net.'),
+        ('Naked', 'Tuck', 'in straw.'), ('Overgrown', 'Cut', 'with shears.'), ('Yellow', 'Nourish', 'with tea.'))),
     'askbikes': ('chain brake wheel saddle pedal lamp gear horn', (
-        ('Dirty', 'Hose', 'in the yard.'),
-        ('Frozen', 'Unfreeze', 'over a candle.'),
-        ('Jammed', 'Loosen', 'with wax.'),
-        ('Wobbly', 'Adjust', 'with a key.'),
-        ('Kinked', 'Iron', 'on a stone.'),
-        ('Uneven', 'Yank', 'with a rope.'))),
+        ('Dirty', 'Hose', 'in the yard.'), ('Frozen', 'Unfreeze', 'over a candle.'), ('Jammed', 'Loosen', 'with wax.'),
+        ('Wobbly', 'Adjust', 'with a key.'), ('Kinked', 'Iron', 'on a stone.'), ('Uneven', 'Yank', 'with a rope.'))),
     'askcats': ('tabby kitten moggy siamese persian calico burmese ragdoll', (
-        ('Hungry', 'Entice', 'with tuna.'),
-        ('Afraid', 'Occupy', 'with a feather.'),
-        ('Messy', 'Vacuum', 'after a bath.'),
-        ('Itchy', 'Quiet', 'on the lap.'),
-        ('Vocal', 'Kiss', 'at dawn.'),
+        ('Hungry', 'Entice', 'with tuna.'), ('Afraid', 'Occupy', 'with a feather.'),
+        ('Messy', 'Vacuum', 'after a bath.'), ('Itchy', 'Quiet', 'on the lap.'), ('Vocal', 'Kiss', 'at dawn.'),
         ('Zany', 'Join', 'on a post.')))}
 WHENS = '', ' again', ' since May', ' all week', ' at night', ' for years'
 ASKS = 'help!', 'any tips?', 'what now?', 'ideas?', 'advice?', 'why me?', 'please!', 'who knows?'
@@ -75,9 +59,9 @@ def fits(thing, trouble):
 def quality(history, answer):
     """True quality in [0, 1] of any answer text to a question: form^2 * weighted mean over slots of the mean fit.
 
-    form: distinct legal pairs of neighbouring words over all pairs, so misspelt, unfinished, repeated and rambling
-    text loses. Mean fit: over all phrases of the slot that the answer contains, so that listing many earns no more
-    than guessing; 0 where there is none. A history that is not one of ours has no good answers: 0.
+    form: distinct legal pairs of neighbouring words over all pairs, so misspelt, unfinished and repeated text loses.
+    Mean fit: over all phrases of the slot in the answer, so that listing many earns no more than guessing.
+    A history that is not one of ours has no good answers: 0.
     """
     asked = understand(history)
     if None in asked:
@@ -136,8 +120,8 @@ def discuss(rng, post_id, history, asked):
 def toy_rows(split, n, seed):
     """The rows of n posts of a split ('train', 'validation', 'test'): dicts in SHP's schema, one per preference.
 
-    As in SHP a comment is preferred to another where it was written no earlier and yet scored higher. Deterministic:
-    the rows of fewer posts are the first rows of more. Raises ValueError for an unknown split.
+    As in SHP a comment is preferred to another where it was written no earlier and yet scored higher. The rows of
+    fewer posts are the first rows of more. ValueError for an unknown split.
     """
     if split not in ('train', 'validation', 'test'):
         raise ValueError(f"no split {split!r} in the toy data; take 'train', 'validation' or 'test'")
@@ -150,7 +134,8 @@ def toy_rows(split, n, seed):
         upvote_ratio = rng.randint(70, 100) / 100
         pairs = [(late, early) for early, late in combinations(discuss(rng, post_id, history, asked), 2)
                  if late[2] > early[2]]
-        posts += bool(pairs)  # a post on which nobody agrees has no rows and does not count
+        if pairs:  # a post without a preference has no rows and does not count
+            posts += 1
         for better, worse in pairs:
             label = rng.randrange(2)
             a, b = (better, worse) if label else (worse, better)

@@ -1,6 +1,6 @@
 # Self-play distillation on stanfordnlp/SHP: data > GPT-2 (from the Hub, needs transformers) > self.
 # torchrun --nproc_per_node=8 preference.py config/distill_shp.py      after: train.py config/t0_shp.py
-# Not measured yet on this data and hardware; on a Reddit stand-in, with a teacher of our own: README, Results.
+# Not measured yet on this data and hardware; on a Reddit stand-in, with a teacher of our own: results/README.md.
 out_dir = 'out/distill_shp'
 method, init_from, teacher = 'distill', 'out/t0_shp', 'gpt2'
 beta = 1.0

@@ -1,6 +1,6 @@
 # Plackett-Luce DPO over up to 4 ranked answers of stanfordnlp/SHP.
 # torchrun --nproc_per_node=8 preference.py config/dpo_shp.py      after: train.py config/t0_shp.py
-# Not measured yet on this data and hardware; on a Reddit stand-in: README, Results.
+# Not measured yet on this data and hardware; on a Reddit stand-in: results/README.md.
 out_dir = 'out/dpo_shp'
 method, init_from = 'dpo', 'out/t0_shp'
 beta, max_answers = 0.1, 4

@@ -1,7 +1,7 @@
 # PPO on stanfordnlp/SHP with a renormalised reward: each prompt's 8 answers have mean reward 0 and variance 1.
 # torchrun --nproc_per_node=8 preference.py config/ppo_shp.py      after: train.py config/t0_shp.py and
 # preference.py config/reward_shp.py
-# Not measured yet on this data and hardware; on a Reddit stand-in: README, Results.
+# Not measured yet on this data and hardware; on a Reddit stand-in: results/README.md.
 out_dir = 'out/ppo_shp'
 method, init_from, reward_model = 'ppo', 'out/t0_shp', 'out/reward_shp'
 beta = 0.05

@@ -1,6 +1,6 @@
 # SPIN on stanfordnlp/SHP against the two latest selves.
 # torchrun --nproc_per_node=8 preference.py config/spin_shp.py      after: train.py config/t0_shp.py
-# Not measured yet on this data and hardware; on a Reddit stand-in: README, Results.
+# Not measured yet on this data and hardware; on a Reddit stand-in: results/README.md.
 out_dir = 'out/spin_shp'
 method, init_from, opponents = 'spin', 'out/t0_shp', 2
 beta = 1.0

@@ -1,6 +1,6 @@
 # T_2 on stanfordnlp/SHP with the source's model: 1 layer, 8 heads, 1024 channels (--n_embd=64 for its small one).
 # torchrun --nproc_per_node=8 train.py config/t2_shp.py      after: python prepare_shp.py
-# Not run on SHP yet. Stand-in, other schedule (results/reddit_taylor, n=1): lowest val_ce 4.66, 64 channels 5.03
+# Not run on SHP yet. Stand-in, other schedule (results/reddit_taylor, 1 seed): lowest val_ce 4.66, 64 channels 5.03
 out_dir = 'out/t2_shp'
 taylor_order = 2
 n_layer, n_head, n_embd = 1, 8, 1024

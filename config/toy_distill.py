@@ -1,5 +1,5 @@
 # Self-play distillation on the toy data: data > teacher > self.
-# 2 CPU cores: two side by side 4 to 8 min. H200 (results/toy_preference, n=3): quality 0.39 -> 0.53 +- 0.00
+# 2 CPU cores: two side by side 4 to 8 min. H200 (results/toy_preference, 3 seeds): quality 0.39 -> 0.53 +- 0.00
 # python preference.py config/toy_distill.py      after: python train.py config/toy_start.py, the same with
 # config/toy_teacher.py, and python preference.py config/toy_reward.py, whose model only reports
 out_dir = 'out/toy_distill'

@@ -1,13 +1,41 @@
-"""Who may teach in distillation: a run of ours, a file of completions, or a causal LM of Hugging Face.
+r"""Teachers for distillation: a run of ours, a file of completions, or a causal LM of Hugging Face.
 
-    python -m extras.teachers --dataset=mine --prompts=FILE.jsonl      train's prompts, for a teacher elsewhere to complete
+A teacher is a module with answers(run, groups, iteration): a list with its answer to each group's prompt as ids of our
+encoding, closed by end-of-text where it ended, or None where it has none, which no prompt of train may be.
 
-A teacher is a module with a method answers(run, groups, iteration): its answer to each group's prompt, as ids of our
-encoding, closed by end-of-text where it ended.
+A file has a completion for each prompt of train, as JSON lines in any of these shapes, joined by id or by prompt:
+
+    {"prompt_id": "a1", "completion": "Try vinegar."}            or "post_id", "id", "prompt" (with or without template)
+    {"prompt": "Hi?\nA:\n", "text": "Try", "finish_reason": "length"}    vLLM's; cut off, as is "ended": false
+    {"prompt_id": "a1", "generated_text": "Hi?\nA:\nTry vinegar."}       transformers' pipeline; the prompt is removed
+    {"custom_id": "a1", "response": {"body": {"choices": [{"message": {"content": "Try."}, "finish_reason": "stop"}]}}}
+
+The pipeline does not tell where it cut an answer off: write "ended": false yourself. Completions of held-out prompts
+may be in the file too; evaluations report on those. The prompts of train and val are written by
+
+    python -m extras.teachers --dataset=mine --prompts=prompts.jsonl       lines of {"prompt_id", "prompt"}
+
+and completed by vLLM in Python, or as a batch of chats (neither has been run yet):
+
+    rows = [json.loads(line) for line in open('prompts.jsonl')]
+    answers = vllm.LLM('NAME').generate([row['prompt'] for row in rows], vllm.SamplingParams(max_tokens=100))
+    for row, answer in zip(rows, answers):
+        print(json.dumps(row | dict(text=answer.outputs[0].text, finish_reason=answer.outputs[0].finish_reason)))
+
+    jq -c '{custom_id: .prompt_id, method: "POST", url: "/v1/chat/completions", body: {model: "NAME", max_tokens: 100,
+        messages: [{role: "user", content: (.prompt | rtrimstr("\nA:\n"))}]}}' prompts.jsonl > requests.jsonl
+    vllm run-batch -i requests.jsonl -o teacher.jsonl --model NAME
+
+A run's own iterations/*.jsonl teach too, of as many iterations as it takes, with one answer picked for each prompt:
+
+    rows = [json.loads(line) for i in range(4) for line in open(f'out/run/iterations/{i:04d}.jsonl')]
+    best = {row['prompt_id']: row for row in sorted(rows, key=lambda row: row.get('reward', 0))
+            if row['generator'] != 'data'}.values()
 """
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +47,17 @@ import prepare_shp
 from answers import gather_answers, leave_together, make_gpt, sample, text_of
 from configurator import Refusal, progress, run
 from prepare_shp import SEPARATOR, render
-from sources import checked_text, is_talk, parsed, said
-from runs import check_vocabulary, first_line, is_hugging_face, load_run, write_whole
+from extras.schemas import as_text, checked_text, is_conversation, parsed
+from runs import first_line, is_hugging_face, load_run, write_whole
 
-# in a line of completions, the first there is: whose prompt's it is, where train knows it, and what was said
-IDS = 'custom_id', 'prompt_id', 'post_id', 'id'
+IDS = 'custom_id', 'prompt_id', 'post_id', 'id'  # the columns of a line of completions
 COMPLETIONS = 'completion', 'response', 'text', 'generated_text'
 CUT_OFF = 'length', 'abort', 'content_filter'  # as a finish_reason
 
 
 @dataclass(frozen=True)
 class Config(prepare_shp.Config):
-    prompts: str = 'prompts.jsonl'  # the file to write: {"prompt_id", "prompt"} for each distinct prompt of train
+    prompts: str = 'prompts.jsonl'  # the file to write: {"prompt_id", "prompt"} for each prompt of train and val
 
 
 def open_teacher(cfg, encoding, groups):
@@ -49,8 +76,9 @@ def open_teacher(cfg, encoding, groups):
 def ids_of(encoding, completion, ended, limit):
     """An answer's ids, at most `limit`, closed by end-of-text where it ended within that; at least one id."""
     ids = encoding.encode_ordinary(completion.strip())[:limit]
-    closes = (ended and len(ids) < limit) or not ids
-    return ids + [encoding.eot_token] * closes
+    if not ids or ended and len(ids) < limit:
+        ids.append(encoding.eot_token)
+    return ids
 
 
 class RunTeacher(nn.Module):
@@ -58,10 +86,9 @@ class RunTeacher(nn.Module):
 
     def __init__(self, cfg, encoding):
         super().__init__()
-        state = load_run(cfg, 'teacher')
+        state = load_run(cfg, 'teacher', encoding)
         if 'model' not in state:
             raise Refusal(f'teacher={cfg.teacher} is a reward run, which writes no answers; name another')
-        check_vocabulary(state, 'teacher', cfg.teacher, encoding)
         self.gpt = make_gpt(state)
         self.room = self.gpt.config.block_size - cfg.max_new_tokens
         if self.room < 1:
@@ -73,33 +100,30 @@ class RunTeacher(nn.Module):
 
 
 def prompts_of(groups, encoding):
-    """The rendered prompt of each group, and the ids that stand for one prompt alone: {id: prompt}.
+    """The rendered prompt of each of a split's groups."""
+    return [encoding.decode(groups.piece(p).tolist()) for p in groups.prompts]
 
-    An id is the post's or, for posts of several prompts, the prompt's own: a part of its sha256.
-    """
-    prompts = [encoding.decode(groups.piece(p).tolist()) for p in groups.prompts]
-    of_id = {}
-    for id, prompt in zip(groups.ids.tolist(), prompts):
-        of_id.setdefault(id, set()).add(prompt)
-    own = {hashlib.sha256(prompt.encode()).hexdigest()[:16]: prompt for prompt in dict.fromkeys(prompts)}
-    return prompts, {id: min(those) for id, those in of_id.items() if len(those) == 1} | own
+
+def own_id(prompt):
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+
+def prompts_by_id(ids, prompts):
+    """{id: prompt}: the data's ids that stand for one prompt alone, and each prompt's own_id."""
+    pairs = set(zip(ids, prompts))
+    count = Counter(id for id, _ in pairs)
+    return {id: prompt for id, prompt in pairs if count[id] == 1} | {own_id(prompt): prompt for prompt in prompts}
 
 
 class WrittenTeacher(nn.Module):
-    """Completions made elsewhere, one for each distinct prompt of train: JSON lines, the prompt by its id or its text,
-
-        {"prompt_id" | "post_id" | "id" | "prompt", "completion" | "text" | "generated_text"}
-        {"custom_id", "response": {"body": {"choices": [{"text" | "message": {"content"}, "finish_reason"}]}}}
-
-    the second OpenAI's batch output, as vLLM writes it. "ended": false or a finish_reason of "length": it was cut off.
-    A generated_text loses the prompt where it begins with it, as transformers' pipeline lets it.
-    """
+    """Completions from a file: one for each prompt of train, and for any held-out prompts."""
 
     def __init__(self, cfg, encoding, groups):
         super().__init__()
-        self.path, self.completions, problems, strangers, again = cfg.teacher, {}, {}, [], []
-        self.prompts, self.of_id = prompts_of(groups, encoding)
-        self.known, generators = set(self.prompts), set()
+        self.encoding, self.limit = encoding, cfg.max_new_tokens
+        self.rows = {}  # a rendered prompt, or an id that train does not have -> its line
+        prompts = prompts_of(groups, encoding)
+        of_id, problems, cut = prompts_by_id(groups.ids.tolist(), prompts), [], 0
         try:
             text = Path(cfg.teacher).read_bytes()
         except OSError as error:
@@ -110,96 +134,87 @@ class WrittenTeacher(nn.Module):
                 continue
             try:
                 row = parsed(line)
-                completion, ended = completion_of(row)
-                prompt, named = self.prompt_of(row)
-                if prompt in self.known and 'generated_text' in row:
-                    completion = without(completion, prompt, said(row.get('prompt')))
-                if completion.strip() or row.get('ended') is not True:  # a run of ours may end an answer at once
+                key = key_of(row, of_id)
+                completion, _ = completion_of(row, key)
+                if completion.strip() or row.get('ended') is not True:  # an answer may end at once
                     checked_text('completion', completion)
+                if key in self.rows:
+                    raise ValueError(f'a second completion of {key[:80]!r}; keep one, say of one "generator"')
             except ValueError as error:
-                reason = str(error)
-                problems.setdefault('it is ' * reason.startswith('not ') + reason, []).append(number)
+                problems.append(f'line {number}: {error}')
                 continue
-            if prompt not in self.known:
-                strangers.append(f'line {number}, {named[:80]!r}')
-            elif prompt in self.completions:
-                again.append(f'line {number}, {named[:80]!r}')
-                generators.add('generator' in row)
-            else:
-                self.completions[prompt] = ids_of(encoding, completion, ended, cfg.max_new_tokens)
-        if problems:
-            reasons = '; '.join(f'line {lines[0]}: {what}' + f' (and {len(lines) - 1} more)' * (len(lines) > 1)
-                                for what, lines in problems.items())
-            raise Refusal(f'{self.path} does not hold lines of {{"prompt" or "prompt_id", "completion"}}: {reasons}')
-        cut = sum(len(ids) == cfg.max_new_tokens and ids[-1] != encoding.eot_token for ids in self.completions.values())
-        if cut and os.environ.get('RANK', '0') == '0':
-            print(f'note: {cut} of {len(self.completions)} completions do not end within max_new_tokens='
-                  f'{cfg.max_new_tokens}')
-        complaints, missing = [], [i for i, prompt in enumerate(self.prompts) if prompt not in self.completions]
+            self.rows[key] = row
+            cut += self.ids(key, key)[-1] != encoding.eot_token
+        known = set(prompts)
+        missing, outside = sorted(known - self.rows.keys()), len(self.rows.keys() - known)
         if missing:
-            id, prompt = groups.ids[missing[0]], self.prompts[missing[0]].removesuffix(SEPARATOR)
-            lacking = len(self.known) - len(self.completions)
-            complaints.append(f'it has no completion for {lacking} of {len(self.known)} '
-                              f'prompts, for example post {id}, {prompt[:80]!r}')
-        if strangers:
-            complaints.append(f'{len(strangers)} lines are of no prompt of train, for example {strangers[0]}')
-        if again:
-            complaints.append(f'{len(again)} lines are of a prompt that has a completion already, for example '
-                              f'{again[0]}; keep one for each' + ', say of one "generator"' * any(generators))
-        if complaints:
-            raise Refusal(f"{self.path} does not fit train's prompts: {'; '.join(complaints)}. The prompts to complete "
-                          'are written by: python -m extras.teachers --dataset=NAME --prompts=FILE.jsonl')
+            problems.insert(0, f'it has no completion for {len(missing)} of {len(known)} prompts, for example id '
+                               f'{own_id(missing[0])}, {missing[0][:80]!r}, and {outside} for others')
+        if problems:
+            raise Refusal(f"teacher={cfg.teacher} does not fit train's prompts ({len(problems)} problems): "
+                          f'{"; ".join(problems[:4])}. The prompts to complete are written by: '
+                          'python -m extras.teachers --dataset=NAME --prompts=FILE.jsonl')
+        if os.environ.get('RANK', '0') == '0':
+            print(f'{cfg.teacher}: {len(known)} completions of prompts of train and {outside} of others; {cut} do not '
+                  f'end within max_new_tokens={self.limit}')
         # in the state, so that a resume notices another file
         self.register_buffer('sha256', torch.tensor(list(hashlib.sha256(text).digest()), dtype=torch.uint8))
 
-    def prompt_of(self, row):
-        """-> the rendered prompt that a line is about, by an id that train knows or else by its text; and its name."""
-        ids = [row[key] for key in IDS if isinstance(row.get(key), str)]
-        known = {self.of_id[id]: id for id in reversed(ids) if id in self.of_id}
-        if len(known) > 1:
-            raise ValueError('its ids are of two prompts of train')
-        id = next(iter(known.values()), None)
-        text = said(row.get('prompt'))
-        if text is None and ids:
-            return self.of_id.get(id), id or ids[0]
-        prompt = render(checked_text('prompt', text).removesuffix(SEPARATOR), '')[0]
-        if id is None:
-            return prompt, text
-        if prompt in self.known and prompt != self.of_id[id]:
-            raise ValueError('its id and its prompt are of two prompts of train')
-        return self.of_id[id], id
+    def ids(self, key, prompt):
+        completion, ended = completion_of(self.rows[key], prompt)
+        return ids_of(self.encoding, completion, ended, self.limit)
 
     def answers(self, run, groups, iteration):
-        return [self.completions[self.prompts[group.number]] for group in groups]
+        prompts = [self.encoding.decode(group.prompt) for group in groups]
+        keys = {prompt: id for id, prompt in prompts_by_id([group.id for group in groups], prompts).items()
+                if id in self.rows}
+        keys |= {prompt: prompt for prompt in prompts if prompt in self.rows}
+        return [self.ids(keys[prompt], prompt) if prompt in keys else None for prompt in prompts]
 
 
-def completion_of(row):
-    """A line of completions -> its text, and whether it ended. ValueError: the reason why there is none."""
+def key_of(row, of_id):
+    """A line of completions -> the rendered prompt it is about, or where it has only an id that train has not, that id.
+
+    of_id: {id: prompt} of train. A prompt that lost its beginning, as in a run with a short block, joins by its id.
+    """
+    ids = [row[column] for column in IDS if isinstance(row.get(column), str)]
+    found = {of_id[id] for id in ids if id in of_id}
+    if len(found) > 1:
+        raise ValueError('its ids are of two prompts of train')
+    whole, text = next(iter(found), None), as_text(row.get('prompt'))
+    if text is None and ids:
+        return whole or ids[0]
+    prompt = render(checked_text('prompt', text).removesuffix(SEPARATOR), '')[0]
+    if whole not in (None, prompt) and own_id(prompt) in of_id:
+        raise ValueError('its id and its prompt are of two prompts of train')
+    return whole if whole and whole.endswith(prompt.lstrip('\ufffd')) else prompt
+
+
+def completion_of(row, prompt):
+    """A line of completions -> its text without the prompt, and whether it ended. ValueError: why there is none."""
+    prompts = [text for text in (prompt, as_text(row.get('prompt'))) if isinstance(text, str) and text]
     if not isinstance(row.get('response'), str | None) or row.get('error') is not None:  # of a batch of requests
         try:
             (row,) = row['response']['body']['choices']
             row = dict(row, text=row['message']['content']) if 'message' in row else dict(row)
         except (KeyError, TypeError, ValueError):
             raise ValueError('its response does not hold one choice; ask again where the request failed') from None
-    found = [key for key in COMPLETIONS if row.get(key) is not None]
+    found = [column for column in COMPLETIONS if row.get(column) is not None]
     if len(found) > 1:
         raise ValueError(f"it has {' and '.join(found)}; keep the one that is the answer")
     text = row[found[0]] if found else None
-    if is_talk(text):  # the pipeline's conversation, the answer last
+    if is_conversation(text):  # the pipeline's conversation, the answer last
         if text[-1]['role'] != 'assistant':
             raise ValueError('its conversation does not end with the assistant')
         text = text[-1]['content']
     if not isinstance(text, str):
         checked_text('completion', text)
+    if found == ['generated_text']:
+        text = next((text.removeprefix(prompt) for prompt in prompts if text.startswith(prompt)), text)
     ended = row.get('ended', row.get('finish_reason') not in CUT_OFF)
     if not isinstance(ended, bool):
         raise ValueError('its ended is neither true nor false')
     return text, ended
-
-
-def without(text, *prompts):
-    """text less the first of the prompts that it begins with."""
-    return next((text.removeprefix(p) for p in prompts if isinstance(p, str) and p and text.startswith(p)), text)
 
 
 class HuggingFaceTeacher(nn.Module):
@@ -259,13 +274,13 @@ class HuggingFaceTeacher(nn.Module):
 
 
 def main(cfg):
-    """Writes train's prompts, rendered, each once, with an id to join its completion by."""
+    """Writes the rendered prompts of train and val, each once, with an id to join its completion by."""
     data = prepare_shp.open_dataset(cfg)
-    prompts, of_id = prompts_of(data.groups('train'), prepare_shp.encoding(data.meta['encoding']))
+    encoding = prepare_shp.encoding(data.meta['encoding'])
+    prompts = dict.fromkeys(prompt for split in ('train', 'val') for prompt in prompts_of(data.groups(split), encoding))
     if Path(cfg.prompts).exists():
         raise Refusal(f'{cfg.prompts} exists; name another file with --prompts=FILE.jsonl')
-    id_of = {prompt: id for id, prompt in reversed(of_id.items())}
-    lines = [json.dumps(dict(prompt_id=id_of.get(prompt), prompt=prompt)) + '\n' for prompt in dict.fromkeys(prompts)]
+    lines = [json.dumps(dict(prompt_id=own_id(prompt), prompt=prompt)) + '\n' for prompt in prompts]
     write_whole(Path(cfg.prompts), ''.join(lines))
     print(f'{cfg.prompts}: {len(lines)} prompts')
 

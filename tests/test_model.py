@@ -1,12 +1,6 @@
 """The transformer against itself, cached against uncached; checkpoints are whole or not there."""
-import math
 import os
 import pickle
-import subprocess
-import sys
-import time
-import zipfile
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -18,8 +12,8 @@ from runs import load_checkpoint, save_checkpoint
 CONFIG = GPTConfig(vocab_size=61, block_size=32, n_layer=2, n_head=2, n_embd=16)
 
 
-def small(seed=0, **changes):
-    torch.manual_seed(seed)
+def small(**changes):
+    torch.manual_seed(0)
     model = GPT(GPTConfig(**{**CONFIG.__dict__, **changes})).eval()
     for p in model.parameters():  # far from the start, so that every part matters
         torch.nn.init.normal_(p, std=0.3)
@@ -56,27 +50,17 @@ def test_parameters_and_heads():
     assert CONFIG.padded_vocab_size == 64 and GPTConfig(50257, 8, 1, 1, 8).padded_vocab_size == 50304
     with pytest.raises(ValueError, match='n_embd=100 does not divide by n_head=8; pick a multiple of 8'):
         GPTConfig(61, 8, 1, 8, 100)
-    with pytest.raises(TypeError, match=r'n_layer=tensor\(True\) is no int'):
-        GPTConfig(61, 8, torch.tensor(True), 8, 64)
-    with pytest.raises(ValueError, match='dropout=nan is no probability below 1'):
-        GPTConfig(61, 8, 1, 8, 64, dropout=math.nan)
     with pytest.raises(ValueError, match='33 tokens do not fit into block_size=32'):
         tied(torch.zeros(1, 33, dtype=torch.long))
-
-
-def test_the_future_does_not_leak():
-    model, idx = small(), torch.randint(61, (2, 20))
-    changed = idx.clone()
-    changed[:, 12:] = (changed[:, 12:] + 1) % 61
-    assert torch.equal(model(idx)[:, :12], model(changed)[:, :12])
-    assert not torch.allclose(model(idx)[:, 12:], model(changed)[:, 12:])
 
 
 def test_padding_has_probability_zero():
     model = small()
     model.transformer.wte.weight.data[61:] = 9.0
-    p = model.logits(model(torch.randint(61, (2, 5)))).softmax(-1)
-    assert p[..., 61:].eq(0).all() and torch.allclose(p.sum(-1), torch.ones(2, 5))
+    hidden = model(torch.randint(61, (2, 5)))
+    p = model.logits(hidden).softmax(-1)
+    assert p[..., 61:].eq(0).all()
+    torch.testing.assert_close(torch.cat(list(model.log_prob_chunks(hidden[0]))).exp(), p[0])
 
 
 def test_cached_equals_uncached_for_ragged_rows():
@@ -88,8 +72,7 @@ def test_cached_equals_uncached_for_ragged_rows():
     cache.length = torch.tensor([3, 9, 5])
     for b, row in enumerate(rows):
         torch.testing.assert_close(hidden[b, :len(row)], model(row[None])[0], rtol=1e-4, atol=1e-5)
-    for _ in range(6):
-        token = torch.randint(61, (3, 1))
+    for token in torch.randint(61, (6, 3, 1)):
         hidden = model(token, cache=cache)[:, -1]
         rows = [torch.cat([row, t]) for row, t in zip(rows, token)]
         for b, row in enumerate(rows):
@@ -115,10 +98,7 @@ def test_generation_of_a_ragged_batch_equals_one_row_at_a_time(options):
     uniform = torch.rand(len(prompts), 25, generator=torch.Generator().manual_seed(3))
     answers = model.generate(prompts, 25, eot=7, uniform=uniform, **options)
     assert answers == [slow_generate(model, p, 25, u, 7, **options) for p, u in zip(prompts, uniform)]
-    assert all(7 not in a[:-1] for a in answers)
-    assert all(a[-1] == 7 or len(a) == 25 or len(p) + len(a) == 32 for p, a in zip(prompts, answers))
-    if not options:
-        assert len({len(a) for a in answers}) > 2  # rows did end at different times
+    assert options or len({len(a) for a in answers}) > 2  # rows did end at different times
 
 
 def test_generation_is_seeded_streamed_and_refuses_what_cannot_be():
@@ -143,17 +123,17 @@ def test_sampling_follows_the_distribution_and_never_leaves_it():
     chi_squared = (200_000 * (frequency - p) ** 2 / p).nan_to_num(0).sum()
     assert chi_squared < 310  # 204 degrees of freedom: beyond 310 once in 400,000
     edge = torch.tensor([0.0, 1 - 2 ** -24])
-    for extreme in (torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-torch.inf, 0.0, -torch.inf]]),
-                    torch.tensor([[-40.0, 0.0, -torch.inf]]), torch.full((1, 200), -torch.inf).index_fill(
-                        1, torch.tensor([130]), 0.0)):
-        assert extreme.expand(2, -1).gather(1, sample_token(extreme.expand(2, -1), edge)[:, None]).isfinite().all()
+    one_id = torch.full((1, 200), -torch.inf).index_fill(1, torch.tensor([130]), 0.0)
+    for extreme in (torch.tensor([[-torch.inf, 0.0, -torch.inf]]), torch.tensor([[-40.0, 0.0, -torch.inf]]), one_id):
+        extreme = extreme.expand(2, -1)
+        assert extreme.gather(1, sample_token(extreme, edge)[:, None]).isfinite().all()
 
 
-# checkpoints ---------------------------------------------------------------------------------------------------------
+# Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
-def state(step, n=2000):
-    return dict(step=step, weights={'w': torch.full((n,), float(step))}, config=dict(a=1, b='x', c=None, d=(1.5, True)))
+def state(step):
+    return dict(step=step, w=torch.full((2000,), float(step)), config=dict(a=1, b='x', c=None, d=(1.5, True)))
 
 
 def test_checkpoints_come_back_and_the_last_two_stay(tmp_path):
@@ -162,9 +142,8 @@ def test_checkpoints_come_back_and_the_last_two_stay(tmp_path):
     save_checkpoint(tmp_path, state(2), 'best.pt')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['best.pt', 'ckpt_00000002.pt', 'ckpt_00000003.pt']
     back = load_checkpoint(tmp_path)
-    assert back['step'] == 3 and torch.equal(back['weights']['w'], state(3)['weights']['w'])
-    assert back['config'] == state(3)['config'] and load_checkpoint(tmp_path, 'best.pt')['step'] == 2
-    assert load_checkpoint(tmp_path / 'ckpt_00000002.pt')['step'] == 2
+    assert back['step'] == 3 and torch.equal(back['w'], state(3)['w']) and back['config'] == state(3)['config']
+    assert load_checkpoint(tmp_path, 'best.pt')['step'] == load_checkpoint(tmp_path / 'ckpt_00000002.pt')['step'] == 2
 
 
 def test_a_damaged_latest_checkpoint_is_passed_over(tmp_path, capsys):
@@ -180,7 +159,7 @@ def test_a_damaged_latest_checkpoint_is_passed_over(tmp_path, capsys):
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
         found = load_checkpoint(tmp_path)
-        assert found['step'] == 1 or torch.equal(found['weights']['w'], state(2)['weights']['w']), place
+        assert found['step'] == 1 or torch.equal(found['w'], state(2)['w']), place
     path.unlink()
     path.mkdir()
     assert load_checkpoint(tmp_path)['step'] == 1
@@ -191,15 +170,6 @@ def test_a_damaged_latest_checkpoint_is_passed_over(tmp_path, capsys):
         load_checkpoint(tmp_path / 'nowhere')
 
 
-@pytest.mark.parametrize('spoil', [lambda w: w * math.nan, lambda w: w.to(torch.int8)])
-def test_weights_that_are_no_numbers_are_damage(spoil, tmp_path, capsys):
-    weights = {name: spoil(w) for name, w in GPT(CONFIG).state_dict().items()}
-    save_checkpoint(tmp_path, dict(step=1, model_config=asdict(CONFIG), model=weights))
-    with pytest.raises(Refusal, match='no valid checkpoint|no sound checkpoint'):
-        load_checkpoint(tmp_path)
-    assert 'its model has weights that are no finite numbers' in capsys.readouterr().out
-
-
 class Payload:
     def __reduce__(self):
         return os.mkdir, ('ran',)
@@ -207,53 +177,17 @@ class Payload:
 
 def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(dict(step=1, weights=Payload()), tmp_path / 'ckpt_00000001.pt')
-    with pytest.raises(Refusal):
-        load_checkpoint(tmp_path)
-    assert not os.path.exists('ran')
-    (tmp_path / 'ckpt_00000001.pt').write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(Refusal):
-        load_checkpoint(tmp_path)
-    assert not os.path.exists('ran')
+    path = tmp_path / 'ckpt_00000001.pt'
+    for write in (lambda: torch.save(dict(step=1, weights=Payload()), path),
+                  lambda: path.write_bytes(pickle.dumps(Payload()))):
+        write()
+        with pytest.raises(Refusal):
+            load_checkpoint(tmp_path)
+        assert not os.path.exists('ran')
 
 
-def test_a_save_killed_at_any_moment_leaves_a_valid_checkpoint(tmp_path):
-    """A process that saves without end is killed; what it leaves must load, and the next save clears its rest."""
-    program = ('import sys, torch; from runs import save_checkpoint\n'
-               'for step in range(1, 10 ** 6):\n'
-               '    save_checkpoint(sys.argv[1], dict(step=step, w=torch.full((500_000,), step)))\n'
-               '    print(step, flush=True)')
-    for delay in (0.0, 0.003, 0.007, 0.011):
-        saver = subprocess.Popen([sys.executable, '-c', program, str(tmp_path)], stdout=subprocess.PIPE)
-        for _ in range(3):
-            saver.stdout.readline()
-        time.sleep(delay)
-        saver.kill()
-        saver.communicate()
-        found = load_checkpoint(tmp_path)
-        assert found['w'].eq(found['step']).all()
-    save_checkpoint(tmp_path, dict(step=10 ** 7))
-    assert not list(tmp_path.glob('*tmp*'))
-
-
-def test_a_save_that_fails_leaves_the_old_one_and_no_rest(tmp_path):
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path):
     save_checkpoint(tmp_path, state(1))
     with pytest.raises(Exception):
         save_checkpoint(tmp_path, dict(step=2, bad=lambda: 0))
-    assert [p.name for p in tmp_path.iterdir()] == ['ckpt_00000001.pt']
-    assert zipfile.ZipFile(tmp_path / 'ckpt_00000001.pt').testzip() is None
-
-
-def test_a_full_disk_is_a_sentence_and_leaves_the_old_checkpoint(tmp_path):
-    save_checkpoint(tmp_path, state(1))
-    program = ('import resource, signal, sys, torch\n'
-               'from configurator import Refusal; from runs import save_checkpoint\n'
-               'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
-               'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
-               'try:\n'
-               '    save_checkpoint(sys.argv[1], dict(step=2, w=torch.zeros(100_000)))\n'
-               'except (Refusal, OSError) as refusal:\n'
-               '    print(refusal)\n')
-    done = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout, done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ['ckpt_00000001.pt'] and load_checkpoint(tmp_path)['step'] == 1
+    assert not list(tmp_path.glob('*tmp*')) and load_checkpoint(tmp_path)['step'] == 1

@@ -1,13 +1,10 @@
 """SHP rows to token arrays and back: rankings by brute force, splits, filters, bad input, damage, and pure batches."""
-import hashlib
 import json
 import os
 import random
-import shutil
-import signal
+import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -17,11 +14,9 @@ import pytest
 import torch
 
 import prepare_shp
-import sources
-from answers import group_batch, pack
 from configurator import Refusal
-from prepare_shp import (SEPARATOR, Config, Documents, Groups, encoding, eval_batch, eval_length, lm_batch,
-                         main, open_dataset, pick_groups, prepare, rankings, render)
+from prepare_shp import (Config, Documents, encoding, eval_batch, eval_length, lm_batch,
+                         main, open_dataset, pick_groups, prepare, rankings, read_shp, render)
 from toy_shp import toy_rows
 
 ROOT = Path(__file__).parent.parent
@@ -106,10 +101,10 @@ def random_post(rng):
     return {c[2]: c for c in comments}, rows + rows[:1]
 
 
-@pytest.mark.parametrize('seed', range(150))
+@pytest.mark.parametrize('seed', range(40))
 def test_rankings_by_brute_force(seed):
     comments, rows = random_post(random.Random(seed))
-    found = rankings(rows)
+    found = rankings([read_shp(r) for r in rows])
     seen = {x for r in rows for x in (r['human_ref_A'], r['human_ref_B'])}
     longest = max((len(some) for k in range(2, len(seen) + 1) for some in combinations(seen, k)
                    if all(beats(comments[a], comments[b]) or beats(comments[b], comments[a])
@@ -125,23 +120,17 @@ def test_rankings_by_brute_force(seed):
 
 
 def test_rankings_of_many_posts_and_a_score_ratio():
-    chain = [row(c_root_id_A=f'{k}', c_root_id_B=f'{k - 1}', score_A=s, score_B=t, created_at_utc_A=k,
-                 created_at_utc_B=k - 1, human_ref_A=f'{s}', human_ref_B=f'{t}')
-             for k, (s, t) in enumerate([(4, 2), (6, 4), (13, 6)], 1)]
+    chain = [row(c_root_id_A=f'{k}', c_root_id_B=f'{j}', score_A=s, score_B=t, created_at_utc_A=k,
+                 created_at_utc_B=j, human_ref_A=f'{s}', human_ref_B=f'{t}')
+             for k, s, j, t in ((1, 4, 0, 2), (2, 6, 1, 4), (3, 13, 2, 6))]
+    chain = [read_shp(r) for r in chain]
     assert [r.answers for r in rankings(chain)] == [('13', '6', '4', '2')]
     # 6 is less than twice 4, so they may share no ranking
-    assert [r.answers for r in rankings(chain, 2.0)] == [('13', '4', '2'), ('13', '6')]
-    assert [r.post_id for r in rankings(chain + [row(post_id='q')])] == ['p', 'q']
+    assert [r.answers for r in rankings([chain[0], chain[2]], 2.0)] == [('13', '4', '2'), ('13', '6')]
+    assert [r.id for r in rankings(chain + [read_shp(row(post_id='q'))])] == ['p', 'q']
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
-
-
-def test_bytes_encoding():
-    enc = encoding('bytes')
-    text = 'naïve ☕ \n\n  <|endoftext|>'
-    assert enc.encode_ordinary(text) == list(text.encode()) and enc.decode(enc.encode_ordinary(text)) == text
-    assert (enc.n_vocab, enc.eot_token, enc.name) == (257, EOT, 'bytes')
 
 
 def test_template_boundary_and_no_injection():
@@ -177,40 +166,25 @@ def test_shp_layout():
         groups = ranked_texts(data.groups(ours))
         assert Counter(str(len(answers)) for _, answers, _ in groups) == Counter(meta['splits'][ours]['k'])
         assert {(p, a, s) for p, a, s in ((p, tuple(a), tuple(s)) for p, a, s in groups)} == {
-            (render(r.history, '')[0], tuple(x.strip() for x in r.answers), r.scores) for r in rankings(rows[theirs])}
-        assert sum(meta['splits'][ours]['longest_k'].values()) == meta['splits'][ours]['posts'] == len(
+            (render(r.prompt, '')[0], tuple(x.strip() for x in r.answers), r.scores)
+            for r in rankings([read_shp(r) for r in rows[theirs]])}
+        assert meta['splits'][ours]['posts'] == len(
             {r['post_id'] for r in rows[theirs]})
 
 
-def test_files_of_a_folder_that_are_not_read_are_told(capsys):
+def test_flat_folder_equals_layout_and_is_deterministic(capsys):
     rows = shp_folder()
-    for name in ('train', 'val', 'extra'):
-        write(f'mixed/{name}.jsonl', rows['train'])
-    prepare(Config(dataset='d', source='mixed', encoding='bytes'))
-    assert 'note: not read, for only train, validation, test.json[l] are: mixed/extra.jsonl, mixed/val.jsonl\n' in (
-        capsys.readouterr().out)
-    write('mixed/train.json', rows['train'])
-    with pytest.raises(Refusal, match='mixed/train.json and mixed/train.jsonl would count twice; remove one of them'):
-        prepare(Config(dataset='e', source='mixed', encoding='bytes'))
-
-
-def test_rows_beyond_max_rows_are_not_kept():
-    meta, _ = local([row(post_id=f'{i}', history=f'{i}') for i in range(30)], max_rows=20)
-    count = meta['rows']['train']
-    assert meta['splits']['train']['rows'] == 20 and count['kept'] + count['beyond max_rows'] == count['read'] == 30
-
-
-def test_flat_folder_equals_layout_and_is_deterministic():
-    rows = shp_folder()
+    write('flat/val.jsonl', rows['train'])
     for split, some in rows.items():
         write(f'flat/{split}.jsonl', some)
     a, b = (prepare(Config(dataset=d, source=s, encoding='bytes')) for d, s in (('a', 'shp'), ('b', 'flat')))
     assert a['sha256'] == b['sha256']
+    assert re.search(r'note: only train.* are read, not \S*val.jsonl\n', capsys.readouterr().out)
     assert open_dataset(Config(dataset='a')).fingerprint == open_dataset(Config(dataset='b')).fingerprint
 
 
 def test_toy_is_made_on_the_spot(monkeypatch, capsys):
-    monkeypatch.setattr(sources, 'TOY_POSTS', {'train': 40, 'validation': 5, 'test': 5})
+    monkeypatch.setattr(prepare_shp, 'TOY_POSTS', {'train': 40, 'validation': 5, 'test': 5})
     data = open_dataset(Config(source='toy', overwrite=True))
     assert data.meta['encoding'] == 'bytes' and data.meta['splits']['train']['posts'] == 40
     before = os.stat('data/toy/train.bin').st_mtime_ns
@@ -218,57 +192,44 @@ def test_toy_is_made_on_the_spot(monkeypatch, capsys):
     assert os.stat('data/toy/train.bin').st_mtime_ns == before
 
 
-def test_ranked_lines():
-    lines = [dict(prompt=f'q{i}', responses=[f'best {i}', f'good {i}', f'worst {i}'], scores=[9, 2, -1.5])
-             for i in range(40)]
-    meta, data = local(lines)
-    groups = sum((ranked_texts(data.groups(split)) for split in ('train', 'val', 'test')), [])
-    assert sorted(groups) == sorted((render(f'q{i}', '')[0], [f'best {i}', f'good {i}', f'worst {i}'], [9, 2, -1.5])
-                                    for i in range(40))
-    documents = sum((texts(data.documents(split)) for split in ('train', 'val', 'test')), [])
-    assert sorted(documents) == sorted(document(f'q{i}', f'best {i}') for i in range(40))
-    assert [meta['splits'][split]['posts'] for split in ('train', 'val', 'test')] == [36, 2, 2]
-    assert 'cut from train by prompt' in meta['rule']
+def test_one_bad_answer_is_dropped_and_counted():
+    bad = [None, ' ', 7, 'x' * 2 ** 18 + 'x', '\0']
+    lines = [dict(prompt=f'q{i}', responses=['best', bad[i % 5], 'good', 'worst'], scores=[9, 8, 7, 6])
+             for i in range(50)]
+    lines += [dict(prompt=f'r{i}', responses=['best', 'lost', 'worst'], scores=[9, None, 6]) for i in range(10)]
+    meta, data = local(lines, max_bad_fraction=0.0)
+    assert [meta['splits'][split]['posts'] for split in ('train', 'val', 'test')] == [54, 3, 3]
+    assert meta['rows']['train'] == {'read': 60, 'kept': 60} and meta['dropped_answers']['train'] == {
+        'an answer is missing or null': 10, 'an answer is empty': 10, 'an answer is not text': 10, 'an answer holds a '
+        'NUL or half a surrogate pair': 10, 'an answer is longer than 262144 characters': 10,
+        'a score is not a finite number': 10}
+    for prompt, answers, scores in sum((ranked_texts(data.groups(x)) for x in ('train', 'val', 'test')), []):
+        assert (answers, scores) == ((['best', 'good', 'worst'], [9, 7, 6]) if prompt[0] == 'q' else
+                                     (['best', 'worst'], [9, 6]))
 
 
-def test_a_score_ratio_keeps_the_best_of_ranked_lines():
-    lines = [dict(prompt=f'q{i}', responses=['best', 'good', 'worst'], scores=[10, 9, 1]) for i in range(40)]
-    _, data = local(lines, min_score_ratio=2.0)
-    for split in ('train', 'val', 'test'):
-        for prompt, answers, scores in ranked_texts(data.groups(split)):
-            assert answers[-1] == 'worst' and scores[0] >= 2 * scores[-1]
-        assert all('best' in text or 'good' in text for text in map(str, texts(data.documents(split))))
-    assert any(answers[0] == 'best' for _, answers, _ in ranked_texts(data.groups('train')))
+@pytest.mark.parametrize('seed', range(20))
+def test_ties_are_no_preference(seed):
+    """Every strict preference once, none between equals; the chain has the first answer of each tie."""
+    rng = random.Random(seed)
+    scores = sorted((rng.randrange(4) for _ in range(rng.randrange(2, 9))), reverse=True)
+    lines = dict(prompt='q', responses=[f'{k}' for k in range(len(scores))], scores=scores)
+    ratio = rng.choice([0, 2])
+    ranking, _ = prepare_shp.read(lines, 'f:1')
+    found = rankings([ranking], ratio) if scores[0] > scores[-1] else []
+    pairs = [pair for r in found for pair in combinations(map(int, r.answers), 2)]
+    assert sorted(pairs) == [(i, j) for i, j in combinations(range(len(scores)), 2)
+                             if scores[i] > scores[j] and (scores[j] == 0 or scores[i] >= ratio * scores[j])]
+    assert ratio or not found or found[0].scores == tuple(sorted(set(scores), reverse=True))
 
 
-def test_too_few_prompts_to_split():
-    with pytest.raises(Refusal, match='rows.jsonl has 2 prompts, too few to hold some out'):
-        local([dict(prompt=f'q{i}', responses=['a', 'b']) for i in range(2)])
-
-
-def test_split_by_prompt_keeps_a_prompt_together():
-    lines = [dict(prompt=f'q{i % 30}', responses=[f'a{i}', f'b{i}']) for i in range(120)]
-    _, data = local(lines)
-    prompts = [{p for p, _, _ in ranked_texts(data.groups(split))} for split in ('train', 'val', 'test')]
-    assert sum(map(len, prompts)) == 30 == len(set.union(*prompts)) and all(prompts)
-
-
-def test_trl_pairs():
-    asked, yes, no = ([dict(role=role, content=text)] for role, text in
-                      (('user', 'Hi?'), ('assistant', 'yes'), ('assistant', 'no')))
-    lines = [dict(prompt='Hi?', chosen='yes', rejected='no'), dict(prompt=asked, chosen=yes, rejected=no),
-             dict(chosen=asked + yes, rejected=asked + no)]
-    for line in lines:
-        _, data = local([line] + [dict(prompt=f'{i}', chosen='yes', rejected='no') for i in range(50)])
-        groups = sum((ranked_texts(data.groups(split)) for split in ('train', 'val', 'test')), [])
-        assert (render('Hi?', '')[0], ['yes', 'no'], [0, -1]) in groups and len(groups) == 51
-
-
-def test_several_files():
-    write('a.jsonl', [row(post_id=f'a{i}', history=f'a{i}') for i in range(30)])
+def test_several_files_and_the_home_folder(work, monkeypatch):
+    monkeypatch.setenv('HOME', str(work))
+    write('home/a.jsonl', [row(post_id=f'a{i}', history=f'a{i}') for i in range(30)])
     write('b.jsonl', [dict(prompt=f'b{i}', responses=['x', 'y']) for i in range(30)])
-    meta = prepare(Config(dataset='d', source='a.jsonl,b.jsonl', encoding='bytes'))
+    meta = prepare(Config(dataset='d', source='~/home/a.jsonl,b.jsonl', encoding='bytes'))
     assert meta['rows']['train'] == {'read': 60, 'kept': 60}
+    assert open_dataset(Config(dataset='d', source='home/a.jsonl,b.jsonl')).meta['options'] == meta['options']
 
 
 # Options -------------------------------------------------------------------------------------------------------------
@@ -284,9 +245,6 @@ def test_row_split_against_brute_force():
     assert Counter(train + val) == Counter(winners) and train + val != winners  # those rows, in a random order
     assert data.documents('val').leaked.tolist() == [text in train for text in val]
     assert 0 < data.documents('val').leaked.sum() < 20 and not data.documents('train').leaked.any()
-    answers = {text.partition(SEPARATOR)[2] for text in train}
-    assert meta['splits']['val']['known_answers'] == sum(text not in train and text.partition(SEPARATOR)[2] in answers
-                                                         for text in val) > 0
     assert meta['rows']['train']['beyond max_rows'] == len(rows['train']) - 101
     prepare(Config(dataset='e', source='shp', encoding='bytes'))  # test is by post whatever the split
     assert meta['sha256']['test_groups.npz'] == open_dataset(Config(dataset='e')).meta['sha256']['test_groups.npz']
@@ -303,13 +261,6 @@ def test_filters():
     assert meta['rows']['train']['kept'] == high == len(rows['train']) - meta['rows']['train']['below min_score_ratio']
     with pytest.raises(Refusal, match='of domain askxx.*of domain'):
         prepare(Config(dataset='c', source='shp', encoding='bytes', domains=('askxx',)))
-    shuffled = random.Random(0).sample(rows['train'], len(rows['train']))
-    write('flat/train.json', sorted(shuffled, key=lambda r: int(r['post_id'].removeprefix('train'))))  # domains mixed
-    cut = Config(dataset='e', source='flat', encoding='bytes', split='row', max_rows=60)
-    prepare(cut)
-    first = texts(open_dataset(cut).documents('train')) + texts(open_dataset(cut).documents('val'))
-    assert len(first) == 60 and set(first) <= {document(r['history'], r[f"human_ref_{'BA'[r['labels']]}"])
-                                              for r in rows['train'] if r['domain'] == rows['train'][0]['domain']}
 
 
 def test_cut_answers_have_no_end_of_text_and_equal_ones_are_lost():
@@ -325,18 +276,14 @@ def test_cut_answers_have_no_end_of_text_and_equal_ones_are_lost():
         pick_groups(data.groups('train'), 0, 0, 2)
 
 
-@pytest.mark.parametrize('name', ['../../x', '/tmp/x', '.x', 'a/b', 'a b', 'a\n', '..'])
-def test_dataset_name(name):
-    assert list(Config(dataset=name).check())
-    with pytest.raises(Refusal, match='folder name'):
-        prepare(Config(dataset=name, source='toy'))
-
-
 def script(*args, **kwargs):
     return subprocess.run([sys.executable, ROOT / 'prepare_shp.py', *args], capture_output=True, text=True, **kwargs)
 
 
-def test_exit_codes():
+def test_names_and_exit_codes():
+    for name in ('../../x', '/tmp/x', '.x', 'a b', 'a\n', '..'):
+        with pytest.raises(Refusal, match='folder name'):
+            prepare(Config(dataset=name, source='toy'))
     done = script('--dataset=../../x', '--source=toy')
     assert done.returncode == 2 and 'folder name' in done.stderr and 'Traceback' not in done.stderr
     write('bad.jsonl', [dict(question='?', reply='!')])
@@ -345,32 +292,32 @@ def test_exit_codes():
 
 
 def test_report(capsys):
-    shp_folder()
-    main(Config(dataset='d', source='shp', encoding='bytes'))
+    lines = [dict(prompt=f'q{i} \x1b[2J', responses=['yes', 'y' * 900, 'no']) for i in range(40)]
+    write('rows.jsonl', lines + [dict(prompt='q', responses=['a', None, 'b'])])
+    main(Config(dataset='d', source='rows.jsonl', encoding='bytes'))
     out = capsys.readouterr().out
-    assert all(word in out for word in ('read', 'kept', 'posts', 'K=2', 'tokens', 'documents', 'train.bin'))
+    assert all(word in out for word in ('41 read', '41 kept', '1 an answer is missing or null', 'posts', 'K=3'))
+    assert '\x1b' not in out and '\\x1b[2J\nA:\nyes<|endoftext|>\n' in out  # a document
+    assert '\n> yes<|endoftext|>\n> yyy' in out and 'y' * 900 not in out and '\n> no<|endoftext|>\n' in out
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 BAD = {
     'history is missing or null': row(history=None),
-    'human_ref_A is missing or null': {k: v for k, v in row().items() if k != 'human_ref_A'},
     'human_ref_B is not text': row(human_ref_B=3),
     'human_ref_B is empty': row(human_ref_B=' \n\t'),
-    'history is empty': row(history=''),
     'post_id is not text': row(post_id=7),
     'labels is neither 0 nor 1': row(labels=-1),
     'score_A is not a finite number': row(score_A=float('nan')),
-    'score_B is not a finite number': row(score_B='3'),
     'created_at_utc_A is not a finite number': row(created_at_utc_A=True),
     'label contradicts scores or times': row(labels=0),
     'history holds a NUL or half a surrogate pair': row(history='a\0b'),
-    'human_ref_A holds a NUL or half a surrogate pair': row(human_ref_A='\ud800'),
     'human_ref_A is longer than 262144 characters': row(human_ref_A='x' * 30_000_000),
-    'responses is not a list of two or more': dict(prompt='q', responses=['a']),
+    'it has fewer than two answers': dict(prompt='q', responses=['a']),
+    'its answers are not a list': dict(prompt='q', responses='ab'),
     'scores rise from one response to the next': dict(prompt='q', responses=['a', 'b'], scores=[1, 2]),
-    'scores is not a list as long as responses': dict(prompt='q', responses=['a', 'b'], scores=[2]),
+    'scores is not a list as long as the answers': dict(prompt='q', responses=['a', 'b'], scores=[2]),
     'prompt is missing or null': dict(chosen='a', rejected='b'),
     'not a JSON object but an array; write one object a line': [1, 2],
 }
@@ -386,13 +333,6 @@ def test_bad_rows_are_counted_by_reason():
                                      **dict.fromkeys(BAD, 1)}
 
 
-def test_contradictions_of_time_and_score():
-    for bad in (row(created_at_utc_A=0), row(score_A=3), row(score_A=-5)):
-        with pytest.raises(Refusal, match='line 2: label contradicts'):
-            local([row(), bad])
-    local([row(post_id=f'{i}', history=f'{i}', created_at_utc_A=1) for i in range(3)])  # as old is not earlier
-
-
 def test_too_many_bad_rows_stop_everything():
     rows = [row(post_id=f'{i}', history=f'{i}') for i in range(30)]
     with pytest.raises(Refusal, match=r'4 of 34 rows.*line 31: labels is neither 0 nor 1; in all: 4 labels'):
@@ -401,50 +341,23 @@ def test_too_many_bad_rows_stop_everything():
     local(rows + [row(labels=2)] * 3)
 
 
-@pytest.mark.parametrize('content, words', [
-    (b'\x1f\x8b\x08\x00\xff\xfe\x00\n\x9c', 'not UTF-8'), ('{"a": 1}'.encode('utf-16'), 'UTF-16'), (b'', 'no usable'),
-    (b'[{"prompt": "q"},\n{"prompt": "r"}]', 'not JSON'), ('{"history": "é"}'.encode('latin-1'), 'not UTF-8')])
-def test_bad_files(content, words):
-    Path('f.jsonl').write_bytes(content)
-    with pytest.raises(Refusal, match=words):
-        prepare(Config(dataset='d', source='f.jsonl', encoding='bytes'))
-    assert not Path('data/d').exists()
-
-
-def test_missing_files():
+def test_bad_files():
     Path('empty').mkdir()
-    for source, words in (('nowhere.jsonl', 'nowhere.jsonl does not exist'), ('empty', 'neither train.json')):
+    Path('empty.jsonl').touch()
+    Path('gzip.jsonl').write_bytes(b'\x1f\x8b\x08\x00\xff\xfe\x00\n\x9c')
+    Path('array.jsonl').write_bytes(b'[{"prompt": "q"},\n{"prompt": "r"}]')
+    write('two.jsonl', [dict(prompt=f'q{i}', responses=['a', 'b']) for i in range(2)])
+    for source, words in (('gzip.jsonl', 'not UTF-8'), ('array.jsonl', 'not JSON'), ('empty.jsonl', 'no usable'),
+                          ('two.jsonl', 'has 2 prompts, too few to hold some out'),
+                          ('nowhere.jsonl', 'nowhere.jsonl does not exist'), ('empty', 'neither train.json')):
         with pytest.raises(Refusal, match=words):
             prepare(Config(dataset='d', source=source, encoding='bytes'))
     with pytest.raises(Refusal, match='--dataset=NAME'):
         prepare(Config(source='empty'))
+    assert not Path('data').exists()
 
 
 # Killed, concurrent, damaged -----------------------------------------------------------------------------------------
-
-
-def test_existing_dataset_is_kept():
-    rows = [row(post_id=f'{i}', history=f'{i}') for i in range(30)]
-    meta, _ = local(rows)
-    with pytest.raises(Refusal, match='overwrite=True'):
-        prepare(Config(dataset='d', source='rows.jsonl', encoding='bytes'))
-    other, data = local(rows[:20])
-    assert other['sha256'] != meta['sha256'] and data.meta['rows']['train']['read'] == 20
-    assert sorted(os.listdir('data')) == ['d'] and 'replaced' not in os.listdir('data/d')
-
-
-def test_killed_prepare_leaves_no_name():
-    write('rows.jsonl', toy_rows('train', 1500, 0))
-    options = ['--dataset=d', '--source=rows.jsonl', '--encoding=bytes']
-    process = subprocess.Popen([sys.executable, ROOT / 'prepare_shp.py', *options], stdout=subprocess.DEVNULL)
-    deadline = time.time() + 30
-    while time.time() < deadline and not list(Path().glob('data/.d.tmp-*')):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert [p.name for p in Path('data').iterdir()] == [f'.d.tmp-{process.pid}']
-    assert script(*options).returncode == 0
-    assert os.listdir('data') == ['d'] and open_dataset(Config(dataset='d', encoding='bytes')).meta
 
 
 def test_concurrent_prepares():
@@ -458,89 +371,23 @@ def test_concurrent_prepares():
     assert os.listdir('data') == ['d'] and open_dataset(Config(dataset='d', encoding='bytes')).meta
 
 
-def test_loser_of_the_rename_gets_a_sentence(monkeypatch):
-    """Both have seen that there is no dataset yet; the other is faster."""
-    write('rows.jsonl', [row(post_id=f'{i}', history=f'{i}') for i in range(30)])
-    cfg = Config(dataset='d', source='rows.jsonl', encoding='bytes')
-    records = prepare_shp.records_of
-
-    def slow(cfg):
-        monkeypatch.setattr(prepare_shp, 'records_of', records)
-        prepare(cfg)
-        return records(cfg)
-
-    monkeypatch.setattr(prepare_shp, 'records_of', slow)
-    with pytest.raises(Refusal, match='made it meanwhile'):
-        prepare(cfg)
-    assert os.listdir('data') == ['d'] and open_dataset(cfg).meta
+DAMAGE = dict(flipped=lambda x: x[:len(x) // 2] + bytes([x[len(x) // 2] ^ 1]) + x[len(x) // 2 + 1:],
+              cut=lambda x: x[:-1], empty=lambda x: b'', zeros=lambda x: bytes(len(x)), gone=None)
 
 
-def damage_flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGE = {'flipped': damage_flip, 'odd length': lambda path: path.write_bytes(path.read_bytes()[:-1]),
-          'empty': lambda path: path.write_bytes(b''),
-          'zeros': lambda path: path.write_bytes(bytes(path.stat().st_size)),
-          'gone': lambda path: path.unlink(), 'folder': lambda path: (path.unlink(), path.mkdir())}
-
-
-@pytest.fixture(scope='module')
-def prepared(tmp_path_factory):
-    """A directory with data/d, made once."""
-    path, here = tmp_path_factory.mktemp('prepared'), os.getcwd()
-    os.chdir(path)
+def test_damage_is_found():
     local([row(post_id=f'{i}', history=f'question {i}') for i in range(60)])
-    os.chdir(here)
-    return path
-
-
-@pytest.mark.parametrize('damage', DAMAGE)
-def test_damage_is_found(damage, prepared, work):
-    for name in sorted(os.listdir(prepared / 'data/d')):
-        shutil.copytree(prepared / 'data', 'data')
-        assert open_dataset(Config(dataset='d')).meta
-        before = Path('data/d', name).stat().st_size
-        DAMAGE[damage](Path('data/d', name))
-        if name == 'meta.json' and damage == 'flipped' or damage == 'empty' and not before:
-            pass
-        elif name.endswith('leaked.bin') and damage == 'zeros':
-            assert open_dataset(Config(dataset='d')).meta  # they were zeros
-        else:
+    for path in sorted(Path('data/d').iterdir()):
+        whole = path.read_bytes()
+        for damage in DAMAGE.values():
+            path.write_bytes(damage(whole)) if damage else path.unlink()
+            if damage and damage(whole) == whole or path.name == 'meta.json' and damage is DAMAGE['flipped']:
+                assert path.name == 'meta.json' or open_dataset(Config(dataset='d')).meta  # leaked: they were zeros
+                continue
             with pytest.raises(Refusal, match='is damaged: .*prepare_shp.py .*--dataset=d'):
                 open_dataset(Config(dataset='d'))
-        shutil.rmtree('data')
-
-
-@pytest.mark.parametrize('name, change, words', [
-    ('val.bin', lambda a: a.view(np.uint16).astype(np.int32), 'offsets of val.bin'),
-    ('val.bin', lambda a: np.where(np.arange(len(a) // 2) == 3, 257, a.view(np.uint16)).astype(np.uint16), 'token 257'),
-    ('val_offsets.bin', lambda a: a.view(np.int64)[::-1].copy(), 'offsets of val.bin'),
-    ('val_leaked.bin', lambda a: a[:-1], 'arrays of val')])
-def test_data_that_fit_their_sha256_but_not_each_other(name, change, words, prepared, work):
-    shutil.copytree(prepared / 'data', 'data')
-    path, meta = Path('data/d', name), json.loads(Path('data/d/meta.json').read_text())
-    path.write_bytes(change(np.fromfile(path, np.uint8)).tobytes())
-    meta['sha256'][name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    Path('data/d/meta.json').write_text(json.dumps(meta))
-    with pytest.raises(Refusal, match=words):
-        open_dataset(Config(dataset='d'))
-
-
-def test_groups_that_do_not_fit(prepared, work):
-    shutil.copytree(prepared / 'data', 'data')
-    meta = json.loads(Path('data/d/meta.json').read_text())
-    with np.load('data/d/val_groups.npz') as file:
-        arrays = dict(file)
-    for name, change in dict(prompts=lambda a: a + 10 ** 6, answers=lambda a: -a - 1, first=lambda a: a // 2,
-                             scores=lambda a: a.astype(np.float32), tokens=lambda a: a + np.uint16(300)).items():
-        np.savez('data/d/val_groups.npz', **arrays | {name: change(arrays[name])})
-        meta['sha256']['val_groups.npz'] = hashlib.sha256(Path('data/d/val_groups.npz').read_bytes()).hexdigest()
-        Path('data/d/meta.json').write_text(json.dumps(meta))
-        with pytest.raises(Refusal, match='is damaged: .*val'):
-            open_dataset(Config(dataset='d'))
+        path.write_bytes(whole)
+    assert open_dataset(Config(dataset='d')).meta
 
 
 def test_other_options_and_missing_data_are_refused():
@@ -575,7 +422,7 @@ def test_batches_are_pure(cut):
         parts = [lm_batch(DOCUMENTS, cut, 16, 3, 5, 12, slice(r, None, ranks)) for r in range(ranks)]
         for w, p in zip(whole, zip(*parts)):
             assert torch.equal(w, torch.stack(p, 1).flatten(0, 1)) and w.dtype == torch.int64 and w.shape == (12, 16)
-    for rows in (range(4, 7), np.array([11, 0]), [2], range(0)):
+    for rows in (np.array([11, 0]), range(0)):
         part = lm_batch(DOCUMENTS, cut, 16, 3, 5, 12, rows)
         assert all(torch.equal(p, w[list(rows)]) for p, w in zip(part, whole))
     assert not torch.equal(whole[0], lm_batch(DOCUMENTS, cut, 16, 3, 6, 12)[0])
@@ -614,7 +461,7 @@ def test_examples_are_passes():
     assert [idx[i].tolist() for i in range(77)] == [whole_document(d, block)[0] for d in drawn]
 
 
-@pytest.mark.parametrize('block', [1, 2, 16, 25, 125, 126, 300])
+@pytest.mark.parametrize('block', [1, 25, 125, 300])
 def test_evaluation_is_complete(block):
     count = eval_length(DOCUMENTS, 'stream', block)
     idx, targets, leaked = (torch.cat(x).flatten() for x in zip(*(
@@ -631,82 +478,23 @@ def test_evaluation_is_complete(block):
         assert leaked[d].tolist() == [bool(DOCUMENTS.leaked[d]) and t >= 0 for t in targets[d].tolist()]
 
 
-def test_empty_split():
-    empty = Documents(np.zeros(0, np.uint16), np.zeros(1, np.int64), np.zeros(0, np.bool_))
-    for cut, block in (('stream', 1), ('stream', 8), ('examples', 8)):
-        with pytest.raises(Refusal):
-            eval_length(empty, cut, block)
-        with pytest.raises(Refusal):
-            lm_batch(empty, cut, block, 0, 0, 2)
-
-
-def some_groups():
-    """7 groups of 2 to 6 answers; the prompt is 1000 + group, the answers 100 * group + rank, repeated."""
-    rng, pieces, prompts, answers, first = np.random.default_rng(0), [], [], [], [0]
-    for g in range(7):
-        prompts.append(len(pieces))
-        pieces.append(np.arange(1000 * (g + 1), 1000 * (g + 1) + rng.integers(1, 30), dtype=np.uint16))
-        for k in range(g % 5 + 2):
-            answers.append(len(pieces))
-            pieces.append(np.full(rng.integers(1, 12), 100 * g + k, np.uint16))
-        first.append(len(answers))
-    return Groups(np.concatenate(pieces), np.cumsum([0, *map(len, pieces)]), np.array(prompts), np.array(answers),
-                  np.array(first), np.array([10.0 - k for g in range(7) for k in range(g % 5 + 2)]),
-                  np.array([f'post{g}' for g in range(7)]))
-
-
-@pytest.mark.parametrize('max_answers', [0, 2, 3, 4])
+@pytest.mark.parametrize('max_answers', [0, 3])
 def test_groups_are_picked_in_epochs_and_subsets_keep_the_order(max_answers):
-    groups, seen, subsets = some_groups(), [], set()
-    for step in range(14):
+    _, data = local([dict(prompt=f'{i}', responses=[f'{i}, {k}' for k in range(i % 5 + 2)]) for i in range(10)])
+    groups, seen, subsets = data.groups('train'), [], set()
+    for step in range(12):
         picked = pick_groups(groups, 1, step, 6, max_answers)
         assert picked == pick_groups(groups, 1, step, 6, max_answers)
         for group in picked:
-            g, size = group.number, groups.first[group.number + 1] - groups.first[group.number]
-            assert group.id == f'post{g}' and group.prompt == groups.piece(groups.prompts[g]).tolist()
-            ranks = [answer[0] - 100 * g for answer in group.answers]
-            assert ranks == sorted(set(ranks)) and len(ranks) == min(size, max_answers or size)
-            assert group.answers == [groups.piece(groups.answers[groups.first[g] + k]).tolist() for k in ranks]
-            seen.append(g)
-            subsets.add((g, tuple(ranks)))
-    assert all(sorted(seen[i:i + 7]) == list(range(7)) for i in range(0, 84, 7))
-    assert max_answers == 0 or len(subsets) > 7  # the subsets vary
-
-
-@pytest.mark.parametrize('block, limit', [(64, 0), (16, 0), (12, 5), (8, 4), (2, 0)])
-def test_group_batches_and_their_packed_rows(block, limit):
-    """Every prompt and answer is found again in the packed row, in place, seeing only what it should."""
-    picked = pick_groups(some_groups(), 1, 0, 7)
-    batch = group_batch(picked, block, limit)
-    packed = pack(batch)
-    for g, group in enumerate(picked):
-        answers = [answer[:limit or block - 1] for answer in group.answers]
-        prompt = group.prompt[-(block - max(map(len, answers))):]  # no more is cut than must be
-        P = int(batch['prompt_length'][g])
-        assert batch['prompt'][g, :P].tolist() == prompt and batch['group'][g] == group.number
-        assert batch['answer_length'][g].tolist() == [*map(len, answers)] + [0] * (7 - len(answers) - 1)
-        at = P - 1
-        assert packed.idx[g, :at].tolist() == prompt[:-1] and (packed.targets[g, :at] == -1).all()
-        assert packed.positions[g, :at].tolist() == list(range(at))
-        for k, answer in enumerate(answers):
-            A, end = len(answer), at + len(answer) + 1
-            assert batch['answer'][g, k, :A].tolist() == answer
-            assert packed.idx[g, at:end].tolist() == [prompt[-1], *answer]
-            assert packed.targets[g, at:end].tolist() == [*answer, -1]
-            assert packed.positions[g, at:end].tolist() == list(range(P - 1, P + A)) and P + A <= block
-            assert packed.place[g, k, :A].tolist() == list(range(at, end - 1)) and packed.end[g, k] == end - 1
-            assert packed.inside[g, k].sum() == A
-            for t in range(at, end):
-                sees = packed.mask[g, 0, t].nonzero()[:, 0].tolist()
-                assert sees == [*range(P - 1), *range(at, t + 1)]
-            at = end
-        assert (packed.targets[g, at:] == -1).all() and not packed.inside[g, len(answers):].any()
-        assert packed.mask[g, 0].diagonal().all()  # padding sees something, or softmax would be NaN
-    numbers = torch.arange(packed.idx.numel()).view_as(packed.idx).float()
-    assert torch.equal(packed.tokens(numbers).long()[packed.inside],
-                       (packed.place + packed.idx.shape[1] * torch.arange(7)[:, None, None])[packed.inside])
-    assert (packed.tokens(numbers.fill_(torch.nan)).isnan() == packed.inside).all()
-    assert (packed.ends(numbers).isnan() == packed.inside[..., 0]).all()
+            i = bytes(group.prompt).decode().split()[0]
+            found = [bytes(answer[:-1]).decode().split(', ') for answer in group.answers]
+            ranks = [int(k) for _, k in found]
+            assert ranks == sorted(set(ranks)) and len(ranks) == min(int(i) % 5 + 2, max_answers or 9)
+            assert {of for of, _ in found} == {i} and group.id == groups.ids[group.number]
+            seen.append(group.number)
+            subsets.add((i, *ranks))
+    assert all(sorted(seen[n:n + 8]) == list(range(8)) for n in range(0, 72, 8))
+    assert max_answers == 0 or len(subsets) > 8  # the subsets vary
 
 
 # gpt2 ----------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """sample.py as typed, on a tiny checkpoint that babbles bytes: nothing but text may reach the terminal."""
 import os
-import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -21,52 +20,51 @@ ROOT = Path(__file__).parent.parent
 def run(tmp_path_factory):
     folder, config = tmp_path_factory.mktemp('run'), GPTConfig(257, 48, 1, 2, 16)
     torch.manual_seed(0)
-    state = dict(step=3, model=GPT(config).state_dict(), model_config=asdict(config), encoding='bytes',
-                 config=dict(taylor_order=2))
+    state = dict(step=3, model=GPT(config).state_dict(), model_config=asdict(config), encoding='bytes', link_order=2,
+                 config={})
     save_checkpoint(folder, state, 'best.pt')
+    save_checkpoint(folder, dict(state, step=4, link_order=0))
     return str(folder)
 
 
-def said(capsys, run, **options):
+def printed(capsys, run, **options):
     options = {**dict(prompt='Rusty kettle, help!'), **options}
     sample.main(sample.Config(out_dir=run, device='cpu', max_new_tokens=20, **options))
     return capsys.readouterr().out
 
 
-def test_what_a_model_says_is_printable(capsys, run):
-    out = said(capsys, run, num_samples=20)
+def test_samples_are_printable(capsys, run):
+    out = printed(capsys, run, num_samples=20)
     assert out.count('Rusty kettle, help!\nA:\n') == 20
     assert all(c.isprintable() or c == '\n' for c in out) and '\\x' in out
 
 
-def test_seeded_and_linked(capsys, run):
-    first, again, other, link = (said(capsys, run, **o) for o in ({}, {}, dict(seed=1), dict(link=True)))
+def test_samples_are_seeded_and_may_follow_the_link(capsys, run):
+    first, again, other, link = (printed(capsys, run, **o) for o in ({}, {}, dict(seed=1), dict(link=True)))
     assert first == again != other and 'link_2' in link and 'link_' not in first
+    with pytest.raises(Refusal, match='leave out --link'):
+        printed(capsys, run, link=True, checkpoint='last')
 
 
 def test_an_answer_without_end_is_marked(capsys, run):
-    greedy = said(capsys, run, temperature=0.0)
-    assert greedy.rstrip('\n').endswith('[cut]')
+    assert printed(capsys, run, temperature=0.0).rstrip('\n').endswith('[cut]')
 
 
 def test_a_long_post_leaves_room(capsys, run):
-    out = said(capsys, run, prompt='x' * 100 + ' Rusty kettle, help!')
+    out = printed(capsys, run, prompt='x' * 100 + ' Rusty kettle, help!')
     assert 'the post has 124 tokens; its first 88 are left out' in out
-    assert 'left out' not in said(capsys, run, prompt="x" * 32)
+    assert 'left out' not in printed(capsys, run, prompt='x' * 32)
 
 
 def test_prompt_files(capsys, run, tmp_path):
     file = tmp_path / 'posts.txt'
     file.write_text('\ufeffOne?\n\nTwo\u2028?\n')
-    out = said(capsys, run, prompt='', prompt_file=str(file))
-    assert '\nOne?\nA:\n' in '\n' + out and '\ufeff' not in out and 'One?\nA:\n' in out and '?\nA:\n' in out
-    assert len(sample.read_prompts(sample.Config(prompt_file=str(file)))) == 2
+    out = printed(capsys, run, prompt='', prompt_file=str(file))
+    assert '\nOne?\nA:\n' in out and '\ufeff' not in out and out.count('\nA:\n') == 2
     for content, sentence in ((b'\n \n', 'holds no post'), (b'\xff\xfe', 'cannot read')):
         file.write_bytes(content)
         with pytest.raises(Refusal, match=sentence):
-            said(capsys, run, prompt='', prompt_file=str(file))
-    with pytest.raises(Refusal, match='no checkpoint best.pt in'):
-        said(capsys, str(tmp_path))
+            printed(capsys, run, prompt='', prompt_file=str(file))
 
 
 def test_as_typed(run):
@@ -75,7 +73,7 @@ def test_as_typed(run):
                               env={**os.environ, 'PYTHONUTF8': '1'})
 
     done = typed(f'--out_dir={run}', '--prompt=Rusty kettle, help!', '--max_new_tokens=5')
-    assert done.returncode == 0 and re.search('best checkpoint, step 3', done.stdout)
+    assert done.returncode == 0 and 'best checkpoint, step 3' in done.stdout
     assert typed(f'--out_dir={run}').returncode == 2
     missing = typed('--out_dir=nowhere', '--prompt=x')
     assert missing.returncode == 1 and missing.stderr.startswith('error: there is no checkpoint')

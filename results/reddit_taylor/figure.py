@@ -82,7 +82,7 @@ def table(data, arms):
         first = next(iter(points['t0'].values()))
         columns = {name: key for name, key in columns.items() if key in first and not (
             data == 'arms' and 'clean' in key)}  # two in five tokens of these have an answer of train under another title
-        print(f'\n{data}, to epoch {reached / DATA[data]:.0f}\n\n| | n | ' + ' | '.join(columns) + ' |\n|' +
+        print(f'\n{data}, to epoch {reached / DATA[data]:.0f}\n\n| | seeds | ' + ' | '.join(columns) + ' |\n|' +
               '---|' * (len(columns) + 2))
         digits = {key: 0 if key == 'epoch' else 3 for key in columns.values()}
         for arm, seeds in points.items():

@@ -53,7 +53,7 @@ def table(runs):
     def row(name, evals, columns, *more):
         cells = [cell([e.get(c) for e in evals], d) if c in columns else '' for c, d in COLUMNS.items()]
         print('| ' + ' | '.join([name, str(len(evals)), *cells, *more]) + ' |')
-    head = ['run', 'n', *COLUMNS, 'true_quality less its base', 'updates', 'tokens', 'sampled']
+    head = ['run', 'seeds', *COLUMNS, 'true_quality less its base', 'updates', 'tokens', 'sampled']
     print('\n| ' + ' | '.join(head) + ' |\n|' + '---|' * len(head))
     row('start', first, set(COLUMNS) - {'rank_accuracy'}, *4 * [''])
     for name, seeds in last.items():

@@ -9,10 +9,9 @@ from statistics import mean, stdev
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig  # noqa: E402
+from prepare_shp import SPLIT_SEED, TOY_POSTS, encoding, render  # noqa: E402
 from runs import load_checkpoint  # noqa: E402
-from prepare_shp import encoding, render  # noqa: E402
-from sources import SPLIT_SEED, TOY_POSTS  # noqa: E402
 from toy_shp import quality, toy_rows  # noqa: E402
 
 answers = {}

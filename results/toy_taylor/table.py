@@ -15,7 +15,7 @@ def spread(values):
     return f'{mean(values):.3f} ± {stdev(values):.3f}'
 
 
-print('| | n | ' + ' | '.join([*COLUMNS, *LOWEST]) + ' |\n|' + '---|' * (2 + len(COLUMNS) + len(LOWEST)))
+print('| | seeds | ' + ' | '.join([*COLUMNS, *LOWEST]) + ' |\n|' + '---|' * (2 + len(COLUMNS) + len(LOWEST)))
 for n in range(3):
     runs = [[event for event in map(json.loads, path.read_text().splitlines()) if event['event'] == 'eval']
             for path in sorted(Path(__file__).parent.glob(f't{n}_s*.jsonl'))]

@@ -1,16 +1,15 @@
-"""Schemas of rows, files and the Hub: what becomes of each shape, that no preference is made up, and the refusals."""
+"""Schemas of rows and the Hub: what becomes of each shape, that no preference is made up, and the refusals."""
 import json
-import random
-from itertools import combinations
 from pathlib import Path
 
 import datasets
 import pytest
 
-import sources
+import prepare_shp
 from configurator import Refusal
-from prepare_shp import Config, open_dataset, prepare, rankings, render
-from test_prepare_shp import document, local, ranked_texts, texts, work, write  # noqa: F401, work: a fixture
+from extras import schemas
+from prepare_shp import Config, open_dataset, prepare, render
+from test_prepare_shp import local, ranked_texts, work, write  # noqa: F401, work: a fixture
 
 
 def talk(*turns):
@@ -18,10 +17,10 @@ def talk(*turns):
 
 
 def read(row, **columns):
-    """-> (prompt, [[answers best first] of each ranking])"""
-    found = rankings(sources.shp_rows(row, 'f:1', columns))
-    assert len({r.history for r in found}) == 1 and {r.post_id for r in found} == {'f:1'}
-    return found[0].history, [list(r.answers) for r in found]
+    """-> (prompt, answers best first)"""
+    ranking, dropped = prepare_shp.read(row, 'f:1', columns)
+    assert ranking.id == 'f:1' and not dropped and list(ranking.scores) == sorted(ranking.scores, reverse=True)
+    return ranking.prompt, list(ranking.answers)
 
 
 ASKED, YES, NO = talk('Hi?'), [dict(role='assistant', content='yes')], [dict(role='assistant', content='no')]
@@ -31,13 +30,12 @@ ULTRA = dict(instruction='Hi?', source='x', completions=[
 NECTAR = dict(prompt='\n\nHuman: Hi?\n\nAssistant: ', turns=1, answers=[
     dict(answer='no', model='a', rank=2.0), dict(answer='yes', model='b', rank=1.0)])
 SCHEMAS = {
-    'ranked': dict(prompt='Hi?', responses=['yes', 'no']),
     'ranked, scores': dict(prompt='Hi?', responses=['yes', 'no'], scores=[3, -2.5]),
     'explicit': dict(prompt='Hi?', chosen='yes', rejected='no'),
     'explicit talk': dict(prompt=ASKED, chosen=YES, rejected=NO),
-    'explicit talk, answers as texts': dict(prompt=ASKED, chosen='yes', rejected='no'),
     'explicit, answers as talk': dict(prompt='Hi?', chosen=YES, rejected=NO),
     'implicit': dict(chosen='Hi? yes', rejected='Hi? no'),
+    'implicit dialogue': dict(chosen='\n\nHuman: Hi?\n\nAssistant: yes', rejected='\n\nHuman: Hi?\n\nAssistant: no'),
     'implicit talk': dict(chosen=ASKED + YES, rejected=ASKED + NO),
     'implicit talk beside its prompt': dict(prompt='Hi?', prompt_id='x', chosen=ASKED + YES, rejected=ASKED + NO,
                                             score_chosen=8.0, score_rejected=5.0),
@@ -52,45 +50,52 @@ SCHEMAS = {
 
 
 @pytest.mark.parametrize('name', SCHEMAS)
-def test_every_schema_says_the_same(name):
-    prompt, ranked = read(SCHEMAS[name])
-    assert (prompt.strip(), [[text.strip() for text in texts] for texts in ranked]) == ('Hi?', [['yes', 'no']])
+def test_every_schema_gives_the_same_ranking(name):
+    prompt, answers = read(SCHEMAS[name])
+    assert (prompt.strip(), [text.strip() for text in answers]) == ('Hi?', ['yes', 'no'])
 
 
 def test_columns_of_other_names():
-    assert read(ULTRA, score='fine-grained_score')[1] == [['no', 'yes']]  # the other score says the opposite
+    assert read(ULTRA, score='fine-grained_score')[1] == ['no', 'yes']  # the other score says the opposite
     mine = dict(question='Hi?', replies=[dict(body='no', place=2), dict(body='yes', place=1)])
-    assert read(mine, prompt='question', responses='replies', answer='body', rank='place') == ('Hi?', [['yes', 'no']])
-    assert read(dict(q='Hi?', good='yes', bad='no'), prompt='q', chosen='good', rejected='bad')[1] == [['yes', 'no']]
-    assert read(dict(prompt='Hi?', responses=[dict(answer='a', rank=3), dict(answer='b', rank=1)], score='x'),
-                score='rank')[1] == [['a', 'b']]  # said to be a score: higher is better
+    assert read(mine, prompt='question', responses='replies', answer='body', rank='place') == ('Hi?', ['yes', 'no'])
+    assert read(dict(q='Hi?', good='yes', bad='no'), prompt='q', chosen='good', rejected='bad')[1] == ['yes', 'no']
+    answers = [dict(answer='worse', score=9, place=2), dict(answer='better', score=1, place=1)]
+    assert read(dict(prompt='q', answers=answers), rank='place')[1] == ['better', 'worse']
 
 
 def test_conversations_of_several_turns():
     several = talk('a', 'b', 'c')
-    assert sources.said(several) == 'a\n\nAssistant: b\n\nHuman: c' and sources.said('a') == 'a'
+    assert schemas.as_text(several) == 'a\n\nAssistant: b\n\nHuman: c' and schemas.as_text('a') == 'a'
     for line in (dict(prompt=several, chosen=YES, rejected=NO), dict(chosen=several + YES, rejected=several + NO),
                  dict(prompt='\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: ', answers=NECTAR['answers'])):
-        assert read(line) == ('a\n\nAssistant: b\n\nHuman: c', [['yes', 'no']])
+        assert read(line) == ('a\n\nAssistant: b\n\nHuman: c', ['yes', 'no'])
     assert read(dict(chosen=talk('a', 'b', 'c', 'd'), rejected=talk('a', 'e', 'f', 'g'))) == (
-        'a', [['b\n\nHuman: c\n\nAssistant: d', 'e\n\nHuman: f\n\nAssistant: g']])
+        'a', ['b\n\nHuman: c\n\nAssistant: d', 'e\n\nHuman: f\n\nAssistant: g'])
     system = [dict(role='system', content='Be kind.')]
     assert read(dict(prompt=system + ASKED, chosen=YES, rejected=NO))[0] == 'Be kind.\n\nHuman: Hi?'
 
 
-@pytest.mark.parametrize('seed', range(40))
-def test_ties_are_no_preference(seed):
-    """Every strict preference once, none between equals, whatever the order of the answers."""
-    rng = random.Random(seed)
-    worth = {f'answer {k}': rng.randrange(3) for k in range(rng.randrange(2, 8))}
-    by = rng.choice(['rank', 'overall_score'])
-    answers = [dict(answer=text, **{by: 9 - n if by == 'rank' else n}) for text, n in worth.items()]
-    line = dict(prompt='q', answers=answers) if by == 'rank' else dict(instruction='q', completions=answers)
-    found = rankings(sources.shp_rows(line, 'f:1'))
-    said = [pair for ranking in found for pair in combinations(ranking.answers, 2)]
-    assert set(said) == {(a, b) for a in worth for b in worth if worth[a] > worth[b]} and len(set(said)) == len(said)
-    if found:
-        assert len(found[0].answers) == len(set(worth.values()))
+@pytest.mark.parametrize('chosen, rejected, expected', [
+    ('Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: Yes, it is', 'Human: a\n\nAssistant: b\n\nHuman: c'
+     '\n\nAssistant: Yes, it may', ('a\n\nAssistant: b\n\nHuman: c', ['Yes, it is', 'Yes, it may'])),
+    ('Human: a\n\nAssistant: b1\n\nHuman: c', 'Human: a\n\nAssistant: b2\n\nHuman: d',
+     ('a', ['b1\n\nHuman: c', 'b2\n\nHuman: d'])),
+    ('The sky is blue.', 'The sky is black.', ('The sky is', ['blue.', 'black.'])),
+    ('Human: a\n\nAssistant: b\n\nHuman: c', 'Human: a\n\nAssistant: b\n\nHuman: d', 'part before the assistant'),
+    ('Human: a\n\nAssistant: b', 'Human: a\n\nAssistant: b ', 'equal'),
+    ('Human: a\n\nAssistant: b', 'Human: a\n\nAssistant: b, c', 'beginning of the other'),
+    ('Human: a\n\nAssistant: b', 'Human: a\n\nAssistant:\n', 'an answer is empty'),
+    ('Sure', 'Sorry', 'prompt is missing'),
+    (ASKED + YES, ASKED, 'beginning of the other')])
+def test_implicit_prompts_end_at_the_last_turn_of_both(chosen, rejected, expected):
+    line = dict(chosen=chosen, rejected=rejected)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            read(line)
+    else:
+        prompt, answers = read(line)
+        assert (prompt.strip(), [answer.strip() for answer in answers]) == expected
 
 
 def test_rows_of_ties_alone_are_counted():
@@ -101,91 +106,58 @@ def test_rows_of_ties_alone_are_counted():
     assert meta['rows']['train'] == {'read': 42, 'kept': 40, 'all answers tied': 2}
 
 
-def test_the_text_to_learn_is_the_best_answer():
-    lines = [dict(prompt=f'q{i}', answers=[dict(answer=f'{text} {i}', rank=rank) for text, rank in
-                                           (('worst', 3), ('best', 1), ('as good', 1), ('middling', 2))])
-             for i in range(40)]
-    _, data = local(lines)
-    documents = sum((texts(data.documents(split)) for split in ('train', 'val', 'test')), [])
-    assert sorted(documents) == sorted(document(f'q{i}', f'best {i}') for i in range(40))
-    groups = ranked_texts(data.groups('val'))
-    assert [len(answers) for _, answers, _ in groups] == [3, 2, 2] * (len(groups) // 3)
-    assert groups[0][2] == [-1, -2, -3]
-
-
 BAD = {
-    'prompt is missing or null': dict(chosen='yes', rejected='no'),
+    'prompt is missing or null': dict(chosen=YES, rejected=NO),
     'prompt is null': dict(prompt=None, chosen='I think yes', rejected='I think no'),
-    'scores rise from one response': dict(prompt='Hi?', responses=['a', 'b'], scores=[1, 2]),
     'it has no prompt, and a column that may be it': dict(question='Hi?', chosen='I think yes', rejected='I think no'),
-    'a response is not text': dict(prompt='Hi?', chosen=[dict(role='assistant', content=None)], rejected=NO),
-    'chosen or rejected does not begin with the assistant': dict(
+    'an answer is not text': dict(prompt='Hi?', chosen=[dict(role='assistant', content=None)], rejected=NO),
+    'chosen and rejected part before the assistant answers': dict(
         chosen=[dict(role='system', content='s')] + ASKED + YES,
         rejected=[dict(role='system', content='s')] + talk('Ho?') + NO),
     'score_chosen is below score_rejected': dict(prompt='Hi?', chosen='a', rejected='b', score_chosen=1,
                                                  score_rejected=2),
-    'score_rejected is not a finite number': dict(prompt='Hi?', chosen='a', rejected='b', score_chosen=1),
-    'its answers are not a list of two or more': dict(instruction='Hi?', completions=[]),
-    'an answer is no object with a text and a score or rank': dict(prompt='Hi?', answers=['a', 'b']),
-    'no column score or overall_score or fine-grained_score or rank in all its answers':
-        dict(prompt='Hi?', answers=[dict(answer='a', model='m', rank=1), dict(answer='b', model='m')]),
-    'no column answer or response in all its answers': dict(
-        prompt='Hi?', answers=[dict(text='a', rank=1), dict(text='b', rank=2)]),
-    'rank is not a finite number': dict(prompt='Hi?', answers=[dict(answer='a', rank='1'), dict(answer='b', rank=2)]),
-    'scores is not a list as long as responses': dict(prompt='Hi?', responses=['a', 'b'], scores=dict(a=1)),
-    "its columns are neither SHP's nor prompt": dict(question='Hi?', reply='yes'),
+    'no column answer or response in its answers': dict(prompt='Hi?', answers=[dict(text='a', rank=1)] * 2),
+    'no column score or overall_score or fine-grained_score or rank in its answers':
+        dict(prompt='Hi?', answers=[dict(answer='a'), dict(answer='b')]),
+    'a score is not a finite number': dict(prompt='Hi?', answers=[dict(answer='a', rank='1'),
+                                                                  dict(answer='b', rank=2)]),
 }
 
 
 @pytest.mark.parametrize('reason', BAD)
-def test_what_does_not_fit_is_refused_with_the_columns_seen(reason):
+def test_what_does_not_fit_is_refused(reason):
     with pytest.raises(ValueError, match=reason):
-        sources.shp_rows(BAD[reason], 'f:1')
-    with pytest.raises(Refusal) as refusal:
-        local([BAD[reason]])
-    assert 'the columns of line 1: ' + ', '.join(map(repr, BAD[reason])) in str(refusal.value)
-    assert '--columns=' in str(refusal.value) and '1 of 1 rows' in str(refusal.value)
-    if 'answers' in BAD[reason] and isinstance(BAD[reason]['answers'][0], dict):
-        assert "; of its first answer: " + ', '.join(map(repr, BAD[reason]['answers'][0])) in str(refusal.value)
+        prepare_shp.read(BAD[reason], 'f:1')
+
+
+def test_refusals_name_the_columns_that_a_row_has():
+    with pytest.raises(Refusal, match="1 of 1 rows.*columns: 'question', 'reply'"):
+        local([dict(question='Hi?', reply='yes')])
 
 
 @pytest.mark.parametrize('columns, row, lost', [
     (dict(score='fine_grained_score'), dict(prompt='q', answers=[
         {'answer': a, 'overall_score': s, 'fine-grained_score': -s} for a, s in (('a', 1), ('b', 2))]),
-     'fine_grained_score in all its answers'),
+     'fine_grained_score in its answers'),
     (dict(prompt='promt'), dict(chosen='I say yes', rejected='I say no'), 'no column promt'),
-    (dict(prompt='question'), dict(instruction='be kind', completions=[]), 'no column question'),
-    (dict(scores='rating'), dict(prompt='q', responses=['a', 'b']), 'no column rating'),
-    (dict(score_chosen='sC'), dict(prompt='q', chosen='a', rejected='b'), 'no column sC')])
+    (dict(scores='rating'), dict(prompt='q', responses=['a', 'b']), 'no column rating')])
 def test_a_mapped_column_that_is_not_there_is_no_other(columns, row, lost):
     with pytest.raises(ValueError, match=lost):
-        sources.shp_rows(row, 'f:1', columns)
-
-
-def test_a_mapped_rank_counts_before_a_score_that_is_there():
-    answers = [dict(answer='worse', score=9, place=2), dict(answer='better', score=1, place=1)]
-    (pair,) = sources.shp_rows(dict(prompt='q', answers=answers), 'f:1', dict(rank='place'))
-    assert sources.pair_of(pair)[0].text == 'better'
-
-
-def test_ties_within_scores_are_no_preference():
-    rows = sources.shp_rows(dict(prompt='q', responses=['a', 'b', 'c'], scores=[9, 5, 5]), 'f:1')
-    assert [[comment.text for comment in sources.pair_of(row)] for row in rows] == [['a', 'b'], ['a', 'c']]
+        prepare_shp.read(row, 'f:1', columns)
 
 
 def test_prompts_that_are_rendered_alike_stay_on_one_side():
-    lines = [dict(prompt=f'p{i}{blank}', chosen=f'yes{blank}!', rejected='no') for i in range(40) for blank in ('', ' ')]
-    meta, _ = local(lines)
-    of_split = {split: {prompt for prompt, *_ in ranked_texts(local(lines)[1].groups(split))}
-                for split in ('train', 'val', 'test')}
-    assert sum(map(len, of_split.values())) == len(set.union(*of_split.values())) == 40
+    lines = [dict(prompt=f'p{i}{blank}', chosen=f'yes{blank}!', rejected='no')
+             for i in range(40) for blank in ('', ' ')]
+    _, data = local(lines)
+    of_split = [{prompt for prompt, *_ in ranked_texts(data.groups(split))} for split in ('train', 'val', 'test')]
+    assert sum(map(len, of_split)) == len(set.union(*of_split)) == 40 and all(of_split)
 
 
 def test_options():
-    good = ['hf:stanfordnlp/SHP', 'hf:imdb', 'hf:a/b:c-d_1.0']
-    for name in good:
+    for name in ('hf:stanfordnlp/SHP', 'hf:imdb', 'hf:a/b:c-d_1.0'):
         assert not list(Config(source=name, dataset='d', columns=('prompt:a', 'train:b:c')).check())
-    for name in ('hf:', 'hf:../x', 'hf:/etc', 'hf:a/../b', 'hf:a/b/c', 'hf:a b', 'hf:a\n', 'hf:a,b', 'hf:https://x.y'):
+    for name in ('hf:', 'hf:../x', 'hf:a/b/c', 'hf:a b', 'hf:https://x.y'):
         assert 'names no dataset of the Hub' in list(Config(source=name, dataset='d').check())[0]
     for pair in ('prompt', 'prompt:', 'promt:x', ':x'):
         assert 'is not OURS:THEIRS' in list(Config(columns=(pair,)).check())[0]
@@ -258,14 +230,11 @@ def test_what_the_hub_raises_is_a_sentence(monkeypatch):
     assert not Path('data').exists()
 
 
-@pytest.mark.parametrize('kind', ['parquet', 'json'])
-@pytest.mark.parametrize('rows', [[dict(NECTAR, prompt=f'\n\nHuman: q{i}\n\nAssistant: ') for i in range(40)],
-                                  [dict(chosen=talk(f'q{i}', 'yes'), rejected=talk(f'q{i}', 'no')) for i in range(40)]])
-def test_a_local_dataset_really_opened(kind, rows, monkeypatch, work):  # noqa: F811
+def test_a_local_dataset_really_opened(monkeypatch, work):  # noqa: F811
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(work / 'cache'))
     Path('saved').mkdir()
-    saved = datasets.Dataset.from_list(rows)
-    (saved.to_parquet if kind == 'parquet' else saved.to_json)(f'saved/train.{kind}')
+    rows = [dict(NECTAR, prompt=f'\n\nHuman: q{i}\n\nAssistant: ') for i in range(40)]
+    datasets.Dataset.from_list(rows).to_parquet('saved/train.parquet')
     cfg = Config(dataset='d', source='hf:saved', encoding='bytes')
     prepare(cfg)
     groups = sum((ranked_texts(open_dataset(cfg).groups(split)) for split in ('train', 'val', 'test')), [])

@@ -1,0 +1,197 @@
+"""Rows of other schemas, and datasets of the Hub -> Rankings; prepare_shp.py imports this where it meets one.
+
+A row is known by its columns. Scores are better when higher, ranks when lower; equal ones are no preference.
+
+    TRL, explicit                              prompt, chosen, rejected
+    TRL, implicit                              chosen, rejected: two whole dialogues that begin alike
+    UltraFeedback                              instruction, completions: [{response, overall_score}, ...]
+    its binarized form                         prompt, chosen, rejected, score_chosen, score_rejected
+    Nectar                                     prompt, answers: [{answer, rank}, ...]
+    ranked, with answers as objects            prompt, responses: [{answer, score or rank}, ...]
+
+Any text may be a conversation, [{role, content}, ...]. Where names differ, --columns=OURS:THEIRS maps them.
+"""
+import re
+
+from configurator import Refusal
+from prepare_shp import SPLITS, Ranking, checked_number, checked_text, parsed, read_ranked  # noqa: F401
+
+HUB_NAME = 'hf:{0}(/{0})?(:{0})?'.format('[A-Za-z0-9][A-Za-z0-9_.-]*')  # owner/dataset:subset
+PROMPTS = 'prompt', 'instruction'                                  # the first that a row has
+ANSWERS = 'answer', 'response'                                     # the first that most answers of a row have
+SCORES = 'score', 'overall_score', 'fine-grained_score', 'rank'    # the same
+# the names --columns may map: columns of a row, columns of its answers, splits
+ROW_COLUMNS = 'prompt', 'responses', 'scores', 'chosen', 'rejected', 'score_chosen', 'score_rejected'
+COLUMNS = (*ROW_COLUMNS, 'answer', 'score', 'rank', *SPLITS.values())
+SPEAKERS = {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'}
+TURN = re.compile(r'(?:\A\s*|\n\n)(Human|Assistant|System):')  # of a dialogue in one text
+
+
+def check_source(cfg):
+    """Sentences for what is wrong with cfg.source and cfg.columns, for a Config's `check`."""
+    if cfg.source.startswith('hf:') and not re.fullmatch(HUB_NAME, cfg.source):
+        yield f"source='{cfg.source}' names no dataset of the Hub; write hf:OWNER/NAME or hf:OWNER/NAME:SUBSET"
+    for pair in cfg.columns:
+        ours, _, theirs = pair.partition(':')
+        if ours not in COLUMNS or not theirs:
+            yield f"columns: '{pair}' is not OURS:THEIRS, with OURS one of {', '.join(COLUMNS)}"
+        elif ours in SPLITS.values() and not (cfg.source == 'hub' or cfg.source.startswith('hf:')):
+            yield f"columns: '{pair}' maps a split, which datasets of the Hub have; name the file {ours}.jsonl instead"
+
+
+# Schemas -------------------------------------------------------------------------------------------------------------
+
+
+def read_foreign(row, columns={}):
+    """A row (dict) -> Ranking. columns: our name -> theirs. ValueError: why there is none."""
+    for ours, theirs in columns.items():
+        if ours in ROW_COLUMNS:
+            if row.get(theirs) is None:
+                raise ValueError(f'no column {theirs[:100]}, which --columns names')
+            row = row | {ours: row[theirs]}
+    for names, read in SCHEMAS:
+        if any(row.get(name) is not None for name in names):
+            return read(row, columns)
+    raise ValueError("its columns are neither SHP's nor prompt + responses, prompt + chosen + rejected, instruction + "
+                     'completions or prompt + answers; map them with --columns=OURS:THEIRS')
+
+
+def _responses(row, columns):
+    responses = row['responses']
+    if isinstance(responses, list) and any(isinstance(response, dict) for response in responses):
+        return _scored(_prompt(row), responses, columns)
+    return read_ranked(row | dict(prompt=_prompt(row)))
+
+
+def _completions(row, columns):
+    return _scored(_prompt(row), row['completions'], columns)
+
+
+def _answers(row, columns):
+    prompt = _prompt(row)
+    return _scored(_unframed(prompt) if isinstance(prompt, str) else prompt, row['answers'], columns)
+
+
+def _chosen(row, columns):
+    """TRL's pairs. Where the answers are whole dialogues, the prompt is what both begin with."""
+    prompt, pair, scores = _prompt(row), [row.get('chosen'), row.get('rejected')], None
+    texts, talks = (all(map(is_kind, pair)) for is_kind in (lambda x: isinstance(x, str), is_conversation))
+    if prompt is None and 'prompt' in row and not talks:
+        raise ValueError('prompt is null')
+    if prompt is None and any(row.get(name) for name in ('question', 'query', 'input')):
+        raise ValueError('it has no prompt, and a column that may be it; say which with --columns=prompt:NAME')
+    if (texts or talks) and _stripped(pair[0]) == _stripped(pair[1]):
+        raise ValueError('chosen and rejected are equal')
+    if talks and not is_conversation(prompt) or texts and prompt is None:
+        shared = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), min(map(len, pair)))
+        if shared == min(map(len, pair)):
+            raise ValueError('one of chosen and rejected is the beginning of the other')
+        cut = _last_turn(pair[0][:shared]) if texts else shared
+        if cut:  # else the prompt is what the row gives, if anything
+            prompt, pair = _unframed(pair[0][:cut]) if texts else pair[0][:cut], [x[cut:] for x in pair]
+    if any(is_conversation(x) and x[0]['role'] != 'assistant' for x in pair):
+        raise ValueError('chosen and rejected part before the assistant answers')
+    if row.get('score_chosen') is not None or row.get('score_rejected') is not None:
+        scores = [checked_number(key, row.get(key)) for key in ('score_chosen', 'score_rejected')]
+        if scores[0] < scores[1]:
+            raise ValueError('score_chosen is below score_rejected')
+    return Ranking('', prompt, pair, scores)
+
+
+# columns any of which tells a schema, and who reads its rows
+SCHEMAS = ((('responses',), _responses), (('chosen', 'rejected'), _chosen), (('completions',), _completions),
+           (('answers',), _answers))
+
+
+def _prompt(row):
+    return next((row[name] for name in PROMPTS if row.get(name) is not None), None)
+
+
+def _scored(prompt, answers, columns):
+    """[{text, score or rank}, ...] in any order -> Ranking."""
+    if not isinstance(answers, list):
+        raise ValueError('its answers are not a list')
+    answers = [answer if isinstance(answer, dict) else {} for answer in answers]
+
+    def values(names):
+        """-> our name of the column that most answers have, and what they have there."""
+        names = [name for name in names if name in columns] or names  # what --columns maps counts before others
+        found = {name: [answer.get(columns.get(name, name)) for answer in answers] for name in names}
+        best = min(found, key=lambda name: found[name].count(None))
+        if found[best].count(None) == len(answers):
+            asked = ' or '.join(columns.get(name, name) for name in names)
+            raise ValueError(f'no column {asked[:100]} in its answers')
+        return best, found[best]
+
+    (_, texts), (name, scores) = values(ANSWERS), values(SCORES)
+    if name == 'rank':  # 1 is the best
+        scores = [-score if isinstance(score, (int, float)) else score for score in scores]
+    return Ranking('', prompt, texts, scores)
+
+
+# Dialogues -----------------------------------------------------------------------------------------------------------
+
+
+def _last_turn(shared):
+    """Where in a text that two dialogues share the answer begins: behind its last "Assistant:".
+
+    Texts that are no dialogues part between two words, as in TRL: "The sky is blue.", "The sky is green.".
+    """
+    turns = list(TURN.finditer(shared))
+    if turns and turns[-1][1] != 'Assistant':
+        raise ValueError('chosen and rejected part before the assistant answers')
+    return turns[-1].end() if turns else re.match(r'(.*\s)?', shared, re.DOTALL).end()
+
+
+def _unframed(prompt):
+    """A prompt without the frame "Human: ... Assistant:", for our template has one of its own."""
+    framed = re.fullmatch(r'\s*Human:\s*(.*)\n\nAssistant:\s*', prompt, re.DOTALL)
+    return framed[1] if framed else prompt
+
+
+def is_conversation(x):
+    """Whether x is a list of messages, each with a role and a content that are texts."""
+    return isinstance(x, list) and x != [] and all(
+        isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str) for m in x)
+
+
+def as_text(x):
+    """A conversation -> its turns, a blank line between them, each but the first led by its speaker; else x itself.
+
+    [user: a, assistant: b, user: c] -> 'a\\n\\nAssistant: b\\n\\nHuman: c', and so one message is its text.
+    """
+    if not is_conversation(x):
+        return x
+    first, *others = x
+    return '\n\n'.join([first['content'], *(f"{SPEAKERS.get(m['role'], m['role'])}: {m['content']}" for m in others)])
+
+
+def _stripped(x):
+    return as_text(x).strip()
+
+
+# The Hub -------------------------------------------------------------------------------------------------------------
+
+
+def from_hub(name, columns):
+    """A dataset of the Hub, or a folder that `datasets` reads -> {split: [(name, split there, rows)]}. Runs no code."""
+    dataset, _, subset = name.partition(':')
+    try:
+        import datasets
+        if int(datasets.__version__.partition('.')[0]) < 4:
+            raise Refusal(f'datasets {datasets.__version__} may run what a dataset brings: pip install -U datasets')
+        found = datasets.load_dataset(dataset, *[subset] if subset else [])
+    except Refusal:
+        raise
+    except Exception as error:  # of whatever kind the network, the Hub or a half-filled cache raise
+        words = ''.join(filter(str.isprintable, ' '.join(str(error).split())))[:300]
+        raise Refusal(f'{name} could not be had from the Hub ({type(error).__name__}: {words}): take a local copy with '
+                      '--source=DIR --dataset=NAME; where it was downloaded before, set HF_HUB_OFFLINE=1 and HF_HOME '
+                      'to that cache; --source=toy needs no network')
+    named = dict(pair.split(':', 1) for pair in columns)
+    wanted = {split: named.get(split, split) for split in SPLITS.values()}
+    absent = [theirs for ours, theirs in wanted.items() if theirs not in found and (ours == 'train' or ours in named)]
+    if absent:
+        raise Refusal(f"{name} has no split {', '.join(absent)}, but {', '.join(found)}; say which is which with "
+                      '--columns=train:THEIRS,test:THEIRS')
+    return {split: [(f'{name} {theirs}', theirs, found[theirs])] for split, theirs in wanted.items() if theirs in found}
