@@ -224,7 +224,9 @@ class _Gradients:
     def __init__(self, hidden, weight, wanted):
         self.exact = _exact(weight.dtype)
         self.hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.weight = torch.zeros_like(weight, dtype=self.exact) if wanted[1] else None
+        self.weight, self.first = torch.empty_like(weight, dtype=self.exact) if wanted[1] else None, True
+        if wanted[1] and not len(hidden):
+            self.weight.zero_()
 
     def add(self, rows, h, w, error, slope):
         """Adds the gradients of sum(slope * log p); the slope enters at (R, C), where it costs little."""
@@ -233,13 +235,13 @@ class _Gradients:
             self.hidden[rows] = error @ w * slope
         if self.weight is None:
             return
-        h = (h * slope).to(h.dtype)
+        h, first, self.first = (h * slope).to(h.dtype), self.first, False  # the first chunk writes, the others add
         if h.dtype == self.exact:
-            self.weight.addmm_(error.T, h)
-        else:  # on a CPU by pieces of the vocabulary: a product is added while it is in cache
-            size = 4096 if h.device.type == 'cpu' else len(w)
-            for total, part in zip(self.weight.split(size), error.T.split(size)):
-                total += part @ h
+            torch.addmm(self.weight, error.T, h, beta=0.0 if first else 1.0, out=self.weight)
+            return
+        size = 4096 if h.device.type == 'cpu' else len(w)  # pieces of the vocabulary: added while they are in cache
+        for total, part in zip(self.weight.split(size), error.T.split(size)):
+            total.copy_(part @ h) if first else total.add_(part @ h)
 
 
 def _exact(dtype):
