@@ -45,7 +45,7 @@ class Lab(NamedTuple):
     block_size: int           # of the policy
     stop: StopSignal
     start: dict               # the start's checkpoint: model, model_config
-    selves: object            # Selves
+    selves: 'Selves'
 
 
 class Stopped(Exception):
@@ -352,15 +352,12 @@ class Selves:
             state = dict(step=step, model_config=asdict(policy.config), model=policy.state_dict())
             lab.machine.on_rank_0(lambda: save_checkpoint(self.folder, state, f'{t:04d}.pt'))
 
-    def state(self, t):
+    def model(self, t, device):
+        """pi_t, frozen. Refuses one that is missing, or not what the checkpoint says."""
         path = self.folder / f'{t:04d}.pt'
         if not path.is_file():
             raise Refusal(f'{path}, the pi_{t} of this run, is missing; start anew with --overwrite=True')
-        return load_checkpoint(path)
-
-    def model(self, t, device):
-        """pi_t, frozen. Refuses one that is not what the checkpoint says."""
-        state = self.state(t)
+        state = load_checkpoint(path)
         if weights_hash(state['model']) != self.hashes[t]:
-            raise Refusal(f'{self.folder}/{t:04d}.pt is not the pi_{t} of this run; start anew with --overwrite=True')
+            raise Refusal(f'{path} is not the pi_{t} of this run; start anew with --overwrite=True')
         return make_gpt(state).to(device)

@@ -137,7 +137,7 @@ def plot(out_dirs, path=''):
                 points = series(events, x, metric)
                 if metric == 'kl':  # grows like the distance travelled (Gao et al. 2023); an estimate may be below 0
                     points = [(step, math.sqrt(max(kl, 0.0))) for step, kl in points]
-                if points and (points, colour) not in [curve[:2] for curve in curves]:  # T_0's link is p itself
+                if points and (points, colour) not in [curve[:2] for curve in curves]:  # T_0 of old runs
                     curves.append((points, colour, line))
                     meanings[meaning] = line
         if curves:

@@ -32,7 +32,7 @@ from answers import (DATA, TEACHER, Lab, Selves, Stopped, answer_log_prob, answe
                      micro_batches, pack, post_of, rewards, sample, select, text_of, token_log_probs,
                      usable_rankings, weights_hash)
 from configurator import Refusal
-from evaluate import Evaluation, report_reward_model, report_teacher, show_samples
+from evaluate import EVAL, Evaluation, report_reward_model, report_teacher, show_samples
 from losses import (gae, implicit_reward, plackett_luce_loss, ppo_policy_loss, ppo_value_loss,
                     renormalize_reward, taylor_loss)
 from model import ScalarHead
@@ -325,7 +325,7 @@ class Distillation(SPIN):
 
     def report(self, evaluation, batch, reward):
         if self.held_out_answers is None:
-            self.held_out_answers = self.frozen['teacher'].answers(self.lab, evaluation.asked, 2 ** 31)
+            self.held_out_answers = self.frozen['teacher'].answers(self.lab, evaluation.asked, EVAL)
             if missing := self.held_out_answers.count(None):
                 asked = len(evaluation.asked)
                 self.lab.machine.print(f'note: the teacher has answers to {asked - missing} of {asked} held-out '

@@ -586,9 +586,6 @@ class Groups(NamedTuple):
     def piece(self, p):
         return self.tokens[self.offsets[p]:self.offsets[p + 1]]
 
-    def prompt_lengths(self):
-        return np.diff(self.offsets)[self.prompts]
-
 
 class Dataset(NamedTuple):
     folder: Path

@@ -394,7 +394,6 @@ class Metrics:
 
     def __init__(self, cfg, machine, step, name='metrics.jsonl'):
         self.path, self.rank = Path(cfg.out_dir) / name, machine.rank
-        self.gap = cfg.eval_interval if name == 'metrics.jsonl' else math.inf  # steps between two lines, at most
         machine.on_rank_0(lambda: write_whole(self.path, ''.join(self.lines_before(step))))
         self.viewers = []
         if machine.rank == 0 and name == 'metrics.jsonl' and (cfg.tensorboard or cfg.wandb):
@@ -402,15 +401,10 @@ class Metrics:
             self.viewers = viewers(cfg, step)
 
     def lines_before(self, step):
-        last = -math.inf
         for line, event in read_events(self.path):
             # an evaluation follows its checkpoint, so the one of this very step is made again
             if event['step'] < step or event['step'] == step and event['event'] == 'train':
-                last = event['step']
                 yield line + '\n'
-        if 0 < step > last + self.gap:
-            print(f'warning: {self.path} ' + (f'ends at step {last}' if last >= 0 else 'has no line left') +
-                  f', though this run continues at step {step}: a part of the curve is lost', flush=True)
 
     def write(self, event, **values):
         if self.rank == 0:
