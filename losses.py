@@ -4,6 +4,7 @@ Letters: B rows, T tokens, C channels, V vocabulary, N = B * T, G prompts, K ans
 """
 import functools
 import inspect
+import math
 from typing import NamedTuple
 
 import torch
@@ -313,6 +314,59 @@ def calibration_gaps(confidence, right, lowest=0.0):
     confidence = confidence.double().nan_to_num(lowest)
     place = ((confidence - lowest) / (1 - lowest) * ECE_BINS).long().clamp(max=ECE_BINS - 1)
     return torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, place, confidence - right.double())
+
+
+def token_statistics(log_p, targets, b=None):
+    """(R, V), (R,) -> (R, 4), by token: cross-entropy, whether the likeliest token is the target, its probability,
+    entropy. With b = 1/t four columns more, those of `scaled_ce`."""
+    confidence, likeliest = log_p.max(1)
+    columns = torch.stack([-log_p.gather(1, targets[:, None])[:, 0], (likeliest == targets).to(log_p.dtype),
+                           confidence.exp(), -(log_p.exp() * log_p.clamp(min=-1e4)).sum(1)], 1)  # 0 * -inf is no number
+    return columns if b is None else torch.cat([columns, scaled_ce(log_p, targets, b)], 1)
+
+
+def scaled_ce(log_p, targets, b):
+    """Cross-entropy at temperature t = 1/b and its first three derivatives in b: (R, V), (R,) -> (R, 4).
+
+    f(b) = -log softmax(b z)_target for z = log p, so f' = E[z] - z_target, and f'', f''' are the second and the third
+    central moment of z, all under softmax(b z). f is convex in b.
+    """
+    z = log_p.float().clamp(min=-1e4)
+    z -= z.gather(1, targets[:, None])
+    weight = b * z
+    peak = weight.amax(1, keepdim=True)
+    weight = weight.sub_(peak).exp_()
+    total = weight.sum(1)
+    m1, m2, m3 = (weight.mul_(z).sum(1) / total for _ in range(3))  # E[z], E[z^2], E[z^3], with 0 at the target
+    return torch.stack([total.log() + peak[:, 0], m1, m2 - m1 ** 2, m3 - 3 * m1 * m2 + 2 * m1 ** 3], 1)
+
+
+def fitted_scale(chunks):
+    """b = 1/t that minimises the sum of `scaled_ce`, by Halley's method from b = 1: [((R, V), (R,)), ...] -> float."""
+    b = 1.0
+    for _ in range(20):
+        step = _step(sum(scaled_ce(*chunk, b).double().sum(0) for chunk in chunks).tolist(), b)
+        b += step
+        if abs(step) < 0.02 * b:
+            break
+    return b
+
+
+def _step(series, b):
+    """The step from b to the minimum of f given by its value and derivatives there, by Halley's formula for f' = 0."""
+    _, first, second, third = series
+    return min(max(-2 * first * second / max(2 * second ** 2 - first * third, 1e-30), -b / 2), b)
+
+
+def cross_fitted(series, b):
+    """Sums of `scaled_ce` at b over two halves, [[f, f', f'', f'''], [...]] -> (cross-entropy, t).
+
+    Each half is scored at the t that fits the other half (a step from b finds it, a series gives f there), so that no
+    text sets its own temperature. The cross-entropy is the sum over both, t the geometric mean.
+    """
+    steps = [_step(half, b) for half in series]
+    ce = sum(f + d * (f1 + d * (f2 / 2 + d * f3 / 6)) for (f, f1, f2, f3), d in zip(series, reversed(steps)))
+    return ce, 1 / math.sqrt((b + steps[0]) * (b + steps[1]))
 
 
 # Rankings ---------------------------------------------------------------------------------------------------------

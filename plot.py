@@ -20,7 +20,8 @@ TRAIN = [  # title, unit, {metric: (line, its meaning)}; over tokens
     ('Training cross-entropy', 'nats per token', {'train_ce': ('-', 'p')}),
     ('Validation cross-entropy', 'nats per token', {
         'val_ce': ('-', 'p'), 'val_ce_link': ('--', 'link(p)'), 'val_ce_leaked': (':', 'p, on leaked texts'),
-        'val_ce_clean': ('-.', 'p, on the other texts')})]
+        'val_ce_clean': ('-.', 'p, on the other texts')}),
+    ('Validation, temperature fitted', 'nats per token', {'val_ce_t': ('-', 'p'), 'val_ce_link_t': ('--', 'link(p)')})]
 PREFERENCE = [(title, unit, {metric: ('-', '')}) for metric, title, unit in [  # over steps
     ('rank_accuracy', 'Ranking accuracy', 'share of held-out pairs'), ('margin', 'Margin', 'nats'),
     ('kl', 'Square root of the KL to the start', 'sqrt(nats per answer)'), ('entropy', 'Entropy', 'nats per token'),
@@ -145,6 +146,9 @@ def plot(out_dirs, path=''):
     if not panels:
         raise Refusal(f'the metrics of {names} hold nothing to draw; let the run go on')
 
+    points_of = {title.split()[0]: [] for title, _, _ in panels}  # panels of one first word have one scale
+    for title, _, curves in panels:
+        points_of[title.split()[0]] += [point for points, _, _ in curves for point in points]
     keys = [dict(color=colour, linewidth=2, label=label) for colour, label in zip(COLOURS, labels(out_dirs))]
     if len(meanings) > 1:
         keys += [dict(color='#888888', linestyle=line, label=meaning) for meaning, line in meanings.items()]
@@ -158,7 +162,9 @@ def plot(out_dirs, path=''):
             draw(ax, curves)
             ax.set(title=title, xlabel=x if x == 'tokens' else 'steps', ylabel=unit)
             ax.xaxis.set_major_formatter(EngFormatter(sep=''))
-            values = [y for points, _, _ in curves for _, y in points]
+            ax.update_datalim(points_of[title.split()[0]])
+            ax.autoscale_view()
+            values = [y for _, y in points_of[title.split()[0]]]
             if unit == 'nats per token' and max(values) > 4 * min(values) > 0:  # from log V down: keep the end legible
                 ax.set_yscale('log')
                 ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), minor_locator=NullLocator(),

@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import sys
+import zlib
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -37,6 +38,7 @@ VERSION = 2         # of the files' format
 END_OF_TEXT = '<|endoftext|>'
 VOCABULARIES = {'gpt2': 50257, 'bytes': 257}  # tokens, end-of-text among them
 SEPARATOR = '\nA:\n'
+SEPARATOR_TOKENS = {'gpt2': (198, 32, 25, 198), 'bytes': tuple(SEPARATOR.encode())}
 SPLIT_SEED = 20240  # of splits and of the toy's rows: they are part of the data, not of a run
 HELD_OUT = 0.05     # of the prompts, for each of val and test where the source has none
 ROW_TRAIN = 0.8     # of the rows, under split='row'
@@ -603,6 +605,13 @@ class Dataset(NamedTuple):
         with np.load(self.folder / f'{split}_groups.npz') as arrays:
             return Groups(*(arrays[name] for name in GROUP_ARRAYS))
 
+    def halves(self, split):
+        """(D,) bool: the half of a split that a document is in. All documents of a post are in the same."""
+        tokens, offsets, _ = self.documents(split)
+        separator = np.array(SEPARATOR_TOKENS[self.meta['encoding']], np.uint16).tobytes()
+        return np.array([zlib.crc32(tokens[first:end].tobytes().partition(separator)[0]) >> 16 & 1
+                         for first, end in zip(offsets, offsets[1:])], np.bool_)
+
 
 def open_dataset(cfg):
     """data/<dataset>/ -> Dataset, its files checked. Makes the toy data where they are missing.
@@ -680,19 +689,18 @@ def lm_batch(documents, cut, block_size, seed, step, batch_size, rows=slice(None
 
 
 def eval_batch(documents, cut, block_size, rows):
-    """Sequences `rows` of a fixed, complete pass -> (idx, targets, leaked), (B, T) int64, int64, bool.
+    """Sequences `rows` of a fixed, complete pass -> (idx, targets, document), each (B, T) int64.
 
     cut 'stream': consecutive windows, so that every token but the very first is a target once. cut 'examples': every
-    document from its start. `leaked`: the target belongs to a document that train has as well.
+    document from its start. `document`: the one that the target belongs to.
     """
     rows = np.arange(eval_length(documents, cut, block_size))[rows]
     if cut == 'examples':
-        idx, targets = _examples(documents, rows, block_size)
-        return idx, targets, torch.from_numpy(documents.leaked[rows])[:, None] & (targets >= 0)
+        return *_examples(documents, rows, block_size), torch.from_numpy(rows)[:, None].expand(-1, block_size)
     places = rows[:, None] * block_size + np.arange(block_size + 1)
     idx, targets = _padded(documents.tokens, places, len(documents.tokens))
     document = np.searchsorted(documents.offsets, np.minimum(places[:, 1:], len(documents.tokens) - 1), 'right') - 1
-    return idx, targets, torch.from_numpy(documents.leaked[document]) & (targets >= 0)
+    return idx, targets, torch.from_numpy(document)
 
 
 def eval_length(documents, cut, block_size):

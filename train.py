@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare_shp
 from configurator import Refusal, progress, run
-from losses import (ECE_BINS, calibration_gaps, linear_loss, link_order, loss_name, rows_with_targets, slope_of,
-                    taylor_link, taylor_loss)
+from losses import (ECE_BINS, calibration_gaps, cross_fitted, fitted_scale, linear_loss, link_order, loss_name,
+                    rows_with_targets, slope_of, taylor_link, taylor_loss, token_statistics)
 from model import GPT, GPTConfig
 from runs import (Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, decay_groups, describe,
                   example_prompt, finish, load_checkpoint, lr_factor, matmul_peak, open_run, open_start, restoring,
@@ -61,52 +61,65 @@ class Config(RunConfig):
 
 
 @torch.no_grad()
-def evaluate(model, documents, rows, cfg, machine, order, stop):
+def evaluate(model, documents, rows, cfg, machine, order, stop, halves=None):
     """Metrics over the sequences `rows` of a split, shared among ranks; None after a signal.
 
     For p, and for order n >= 1 for link_n(p) too: val_ce, cross-entropy in nats per token; val_ece, expected
     calibration error; val_entropy_wrong, mean entropy where the likeliest token is wrong. val_accuracy is top-1. Under
-    split='row', val_ce_leaked is of documents identical to a training document, val_ce_clean of the others.
+    split='row', val_ce_leaked is of documents identical to a training document, val_ce_clean of the others. Given the
+    `halves` of the documents, val_ce_t is cross-entropy at temperature val_t, fitted on the other half's texts.
     """
-    names = ['', '_link'] if order else ['']
-    found = {what + name: [torch.zeros(0)] for name in names for what in ('ce', 'confidence', 'entropy')}
-    found |= dict(right=[torch.zeros(0)], leaked=[torch.zeros(0)])  # lists of values per token
-    size = min(cfg.micro_batch_size or cfg.batch_size, 64)
+    names, size = ['', '_link'] if order else [''], min(cfg.micro_batch_size or cfg.batch_size, 64)
     model.eval()
-    firsts = range(machine.rank * size, len(rows), machine.world_size * size)
-    for first in progress(firsts, 'evaluating', machine.print):
-        if stop.number:
-            break  # the ranks leave together, at the sum below
-        idx, targets, leaked = prepare_shp.eval_batch(documents, cfg.cut, cfg.block_size, rows[first:first + size])
-        found['leaked'].append(leaked[targets >= 0])
-        with machine.autocast():
-            hidden, targets = rows_with_targets(model(idx.to(machine.device)), targets)
+
+    def read(rows):
+        idx, targets, document = prepare_shp.eval_batch(documents, cfg.cut, cfg.block_size, rows)
+        return *rows_with_targets(model(idx.to(machine.device)), targets), document[targets >= 0]
+
+    with machine.autocast():
+        scales = {}
+        if halves is not None:  # a first 1/t, from 512 tokens of 64 sequences, the same on every rank
+            spread = rows[::max(1, len(rows) // 64)][:64]
+            hidden, targets, _ = map(torch.cat, zip(*(read(spread[i:i + size]) for i in range(0, len(spread), size))))
+            some = slice(None, None, -(-len(hidden) // 512))
+            log_p = list(model.log_prob_chunks(hidden[some]))
+            targets = targets[some].split(len(log_p[0]))
+            scales = {name: fitted_scale(list(zip(log_q, targets)))
+                      for name, log_q in zip(names, (log_p, [taylor_link(chunk, order) for chunk in log_p]))}
+        found = {name: [torch.zeros(0, 8 if scales else 4)] for name in names}  # of each token
+        places = [torch.zeros(0, dtype=torch.int64)]                            # its document
+        firsts = range(machine.rank * size, len(rows), machine.world_size * size)
+        for first in progress(firsts, 'evaluating', machine.print):
+            if stop.number:
+                break  # the ranks leave together, at the sum below
+            hidden, targets, document = read(rows[first:first + size])
+            places.append(document)
             for log_p in model.log_prob_chunks(hidden):
                 target, targets = targets[:len(log_p)], targets[len(log_p):]
-                found['right'].append(log_p.argmax(1) == target)
                 for name, log_q in zip(names, (log_p, taylor_link(log_p, order))):
-                    found['ce' + name].append(-log_q.gather(1, target[:, None])[:, 0])
-                    found['confidence' + name].append(log_q.amax(1).exp())
-                    found['entropy' + name].append(torch.special.entr(log_q.exp()).sum(1))
+                    found[name].append(token_statistics(log_q, target, scales.get(name)))
     model.train()
-    token = {name: torch.cat([part.double().cpu() for part in parts]) for name, parts in found.items()}
-    right, leaked = token['right'], token['leaked']
-    sums = [stop.number, len(right), right.sum(), leaked.sum(), token['ce'] @ leaked]
-    for name in names:
-        sums += [token['ce' + name].sum(), token['entropy' + name] @ (1 - right),
-                 *calibration_gaps(token['confidence' + name], right)]
-    stopped, n, right, n_leaked, ce_leaked, *rest = machine.sum([float(x) for x in sums])
+    place = torch.cat(places).numpy()
+    leaked = torch.from_numpy(documents.leaked[place]).double()
+    half = leaked if halves is None else torch.from_numpy(halves[place]).double()
+    stopped, n, n_leaked, n_half = machine.sum([stop.number, len(place), float(leaked.sum()), float(half.sum())])
     if stopped:
         return None
-    metrics = dict(val_accuracy=right / n)
+    metrics = {}
     for name in names:
-        ce, entropy, *gaps = rest[:2 + ECE_BINS]
-        metrics |= {'val_ce' + name: ce / n, 'val_ece' + name: sum(map(abs, gaps)) / n,
+        token = torch.cat([part.double().cpu() for part in found[name]])
+        ce, right, confidence, entropy = token.T[:4]
+        gaps, scaled = calibration_gaps(confidence, right), torch.stack([1 - half, half]) @ token[:, 4:]
+        right, ce, ce_leaked, entropy, *rest = machine.sum(torch.cat([torch.stack(
+            [right.sum(), ce.sum(), ce @ leaked, entropy @ (1 - right)]), gaps, scaled.flatten()]).tolist())
+        metrics.setdefault('val_accuracy', right / n)
+        metrics |= {'val_ce' + name: ce / n, 'val_ece' + name: sum(map(abs, rest[:ECE_BINS])) / n,
                     'val_entropy_wrong' + name: entropy / max(n - right, 1)}
-        rest = rest[2 + ECE_BINS:]
-    if cfg.split == 'row' and 0 < n_leaked < n:
-        metrics |= dict(val_ce_leaked=ce_leaked / n_leaked,
-                        val_ce_clean=(metrics['val_ce'] * n - ce_leaked) / (n - n_leaked))
+        if name in scales and 0 < n_half < n:
+            ce_t, t = cross_fitted((rest[-8:-4], rest[-4:]), scales[name])
+            metrics |= {f'val_ce{name}_t': ce_t / n, f'val_t{name}': t}
+        if not name and cfg.split == 'row' and 0 < n_leaked < n:
+            metrics |= dict(val_ce_leaked=ce_leaked / n_leaked, val_ce_clean=(ce - ce_leaked) / (n - n_leaked))
     return metrics
 
 
@@ -115,6 +128,7 @@ def main(cfg, loss_of=None):
     machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where they are missing
     data = prepare_shp.open_dataset(cfg)
     documents, held_out = data.documents('train'), data.documents(cfg.eval_split)
+    halves = data.halves(cfg.eval_split)                      # of its posts, for the temperature
     cfg, start = settle(cfg, machine, data)                   # options that depend on the data and on the start
     eval_rows = range(prepare_shp.eval_length(held_out, cfg.cut, cfg.block_size))
     count = min(cfg.batch_size, len(eval_rows))               # sequences of a probe, spread over the split
@@ -168,7 +182,7 @@ def main(cfg, loss_of=None):
                     save_state()
                     saved_step = step
                 since = time.perf_counter()
-                if (result := evaluate(model, held_out, eval_rows, cfg, machine, order, stop)) is not None:
+                if (result := evaluate(model, held_out, eval_rows, cfg, machine, order, stop, halves)) is not None:
                     metrics.write('eval', step=step, tokens=tokens, seconds=time.perf_counter() - start_time, **result)
                     machine.print(f'step {step} evaluation: ' + ', '.join(f'{k} {v:.4f}' for k, v in result.items()) +
                                   (f' (log V = {math.log(model.config.vocab_size):.4f})' if step == 0 else ''))

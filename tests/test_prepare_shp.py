@@ -464,18 +464,30 @@ def test_examples_are_passes():
 @pytest.mark.parametrize('block', [1, 25, 125, 300])
 def test_evaluation_is_complete(block):
     count = eval_length(DOCUMENTS, 'stream', block)
-    idx, targets, leaked = (torch.cat(x).flatten() for x in zip(*(
+    idx, targets, document = (torch.cat(x).flatten() for x in zip(*(
         eval_batch(DOCUMENTS, 'stream', block, range(i, min(i + 3, count))) for i in range(0, count, 3))))
     valid = targets >= 0
     assert targets[valid].tolist() == DOCUMENTS.tokens[1:].tolist()
     assert idx[valid].tolist() == DOCUMENTS.tokens[:-1].tolist() and not idx[~valid].any()
-    assert leaked[valid].tolist() == np.repeat(DOCUMENTS.leaked, np.diff(DOCUMENTS.offsets))[1:].tolist()
-    assert not leaked[~valid].any() and len(idx) - valid.sum() < block
+    lengths = np.diff(DOCUMENTS.offsets)
+    assert document[valid].tolist() == np.repeat(np.arange(len(lengths)), lengths)[1:].tolist()
+    assert len(idx) - valid.sum() < block
 
-    idx, targets, leaked = eval_batch(DOCUMENTS, 'examples', block, slice(None))
+    idx, targets, document = eval_batch(DOCUMENTS, 'examples', block, slice(None))
     for d in range(eval_length(DOCUMENTS, 'examples', block)):
         assert (idx[d].tolist(), targets[d].tolist()) == whole_document(d, block)
-        assert leaked[d].tolist() == [bool(DOCUMENTS.leaked[d]) and t >= 0 for t in targets[d].tolist()]
+        assert document[d].tolist() == [d] * block
+
+
+def test_all_documents_of_a_post_are_in_one_half():
+    rows = [dict(prompt=f'{i}' * (i % 3 + 1) + ' \n'[i % 2], responses=[f'{i}, {j}', 'worse']) for i in range(60)
+            for j in range(3)]
+    _, data = local(rows)
+    documents, halves, seen = data.documents('train'), data.halves('train'), {}
+    text = encoding('bytes').decode(documents.tokens.tolist()).split('<|endoftext|>')
+    for document, half in zip(text, halves):
+        seen.setdefault(document.split('\nA:\n')[0], set()).add(bool(half))
+    assert all(len(sides) == 1 for sides in seen.values()) and 0.3 < halves.mean() < 0.7
 
 
 @pytest.mark.parametrize('max_answers', [0, 3])

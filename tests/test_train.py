@@ -16,7 +16,7 @@ import runs
 import train
 from configurator import Refusal
 from conftest import DATASET, assert_same_run, metrics, succeed, torchrun
-from losses import taylor_link
+from losses import taylor_link, token_log_prob
 from model import GPT, GPTConfig
 from runs import load_checkpoint
 
@@ -47,7 +47,8 @@ def test_files_metrics_and_the_first_loss(tmp_path, capsys):
     evals = metrics(tmp_path / 'run', 'eval')
     assert [line['step'] for line in evals] == [0, 4, 8, 12]
     assert set(evals[0]) == {'event', 'step', 'tokens', 'val_ce', 'val_ce_link', 'val_accuracy', 'val_ece',
-                             'val_ece_link', 'val_entropy_wrong', 'val_entropy_wrong_link'}
+                             'val_ece_link', 'val_entropy_wrong', 'val_entropy_wrong_link', 'val_ce_t', 'val_t', 'val_ce_link_t',
+                             'val_t_link'}
     assert abs(lines[0]['train_ce'] - math.log(257)) < 0.1 and abs(evals[0]['val_ce'] - math.log(257)) < 0.1
     assert evals[-1]['val_ce'] < evals[0]['val_ce'] - 0.1
     printed = capsys.readouterr().out
@@ -237,18 +238,26 @@ def test_lr_schedule():
 @torch.no_grad()
 @pytest.mark.parametrize('cut, dataset, split', [('stream', 'leaky', 'row'), ('examples', 'small', 'post')])
 def test_evaluation_by_brute_force(cut, dataset, split):
-    """Every validation text by itself, with all logits at once, in float64."""
+    """Every validation text by itself, with all logits at once, in float64; temperatures by bisection."""
     cfg = config('unused', cut=cut, dataset=dataset, split=split, batch_size=3)
-    documents = prepare_shp.open_dataset(cfg).documents('val')
+    data = prepare_shp.open_dataset(cfg)
+    documents, halves = data.documents('val'), data.halves('val')
     torch.manual_seed(0)
     model = GPT(GPTConfig(257, 32, 1, 2, 16))
-    model.lm_head.weight.data *= 40  # confident, and so with something to calibrate
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    with torch.enable_grad():
+        for step in range(40):
+            x, y = prepare_shp.lm_batch(data.documents('train'), cut, 32, 0, step, 16)
+            (-token_log_prob(model.logits(model(x)), y).sum() / 512).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.transformer.ln_f.weight.data *= 3  # overconfident: there is a temperature to find
     machine = runs.setup('cpu')
     with runs.StopSignal() as stop:
         rows = range(prepare_shp.eval_length(documents, cut, 32))
-        got = train.evaluate(model, documents, rows, cfg, machine, 2, stop)
+        got = train.evaluate(model, documents, rows, cfg, machine, 2, stop, halves)
         of_p = train.evaluate(model, documents, rows, cfg, machine, 0, stop)
-        assert of_p == {name: x for name, x in got.items() if not name.endswith('_link')}
+        assert of_p == {name: x for name, x in got.items() if '_link' not in name and not name.endswith('_t')}
         stop.caught = signal.SIGTERM
         assert train.evaluate(model, documents, rows, cfg, machine, 2, stop) is None
     assert model.training
@@ -259,12 +268,11 @@ def test_evaluation_by_brute_force(cut, dataset, split):
         texts = [(first, min(first + 33, len(tokens))) for first in range(0, len(tokens) - 1, 32)]
     else:
         texts = [(a, min(a + 33, b)) for a, b in zip(offsets, offsets[1:])]
-    leaked = torch.zeros(len(tokens), dtype=torch.bool)
-    for d, (a, b) in enumerate(zip(offsets, offsets[1:])):
-        leaked[a:b] = bool(documents.leaked[d])
+    document = torch.arange(len(halves)).repeat_interleave(torch.tensor(offsets).diff())
     log_p = torch.cat([model.logits(model(tokens[None, a:b - 1]))[0] for a, b in texts]).log_softmax(-1)
     targets = torch.cat([tokens[a + 1:b] for a, b in texts])
-    leaked = torch.cat([leaked[a + 1:b] for a, b in texts])
+    document = torch.cat([document[a + 1:b] for a, b in texts])
+    leaked, half = torch.from_numpy(documents.leaked[document]), torch.from_numpy(halves[document])
     expected = {}
     for name, log in (('', log_p), ('_link', taylor_link(log_p, 2))):
         ce = -log[torch.arange(len(targets)), targets]
@@ -276,13 +284,31 @@ def test_evaluation_by_brute_force(cut, dataset, split):
             if inside.any():
                 ece += inside.double().mean() * (confidence[inside].mean() - right[inside].mean()).abs()
         expected[f'val_ece{name}'] = float(ece)
+        picked = [dict(z=log[half == side, :257], target=targets[half == side, None]) for side in (False, True)]
+        scales = [scale_by_bisection(**part) for part in picked]
+        at_t = [-(b * part['z']).log_softmax(-1).gather(1, part['target']) for b, part in zip(scales[::-1], picked)]
+        expected[f'val_ce{name}_t'], expected[f'val_t{name}'] = torch.cat(at_t).mean().item(), math.prod(scales) ** -0.5
+        assert expected[f'val_ce{name}'] - expected[f'val_ce{name}_t'] > 0.3
         expected[f'val_entropy_wrong{name}'] = -(log.exp() * log).nan_to_num(0.0).sum(-1)[right == 0].mean().item()
         if name == '':
             expected['val_accuracy'] = right.mean().item()
             if split == 'row':
                 assert leaked.any() and not leaked.all()
                 expected |= dict(val_ce_leaked=ce[leaked].mean().item(), val_ce_clean=ce[~leaked].mean().item())
+    of_t = {name: (got.pop(name), expected.pop(name)) for name in list(expected) if '_t' in name}
     assert got == pytest.approx(expected, rel=1e-5)
+    for name, (ours, exact) in of_t.items():
+        assert abs(ours - exact) < (1e-4 if 'ce' in name else 0.01 * exact), name
+
+
+def scale_by_bisection(z, target):
+    """b that minimises the mean cross-entropy of softmax(b z): its derivative E[z] - z_target grows with b."""
+    low, high = 1e-3, 1e3
+    for _ in range(60):
+        b = math.sqrt(low * high)
+        slope = ((b * z).softmax(-1) * z).sum(-1) - z.gather(1, target)[:, 0]
+        low, high = (b, high) if slope.mean() < 0 else (low, b)
+    return b
 
 
 @pytest.mark.parametrize('split, kept', [('val', 4), ('test', 12)])
