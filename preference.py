@@ -11,7 +11,6 @@ Letters and the keys of a batch are those of answers.py. pi_0 is the start, pi_t
 """
 import contextlib
 import copy
-import hashlib
 import json
 import math
 import time
@@ -475,43 +474,36 @@ def step_rows(lab, batch, iteration, update):
     return torch.from_numpy(order[part * size:(part + 1) * size])
 
 
-def write_iteration(lab, iteration, step, batch, facts):
-    """iterations/<i>.pt (exact), .json (manifest) and, where answers were sampled, .jsonl; -> sha256 of the first."""
+def write_iteration(lab, iteration, step, batch):
+    """iterations/<i>.pt, which a resume reads, and, where answers were sampled, .jsonl, which people read."""
     out = Path(lab.cfg.out_dir)
     steps = [int(path.stem.removeprefix('ckpt_')) for path in checkpoints(out)]
     oldest = min(steps, default=0) // updates_per_iteration(lab)  # that a checkpoint may ask for
     path = save_checkpoint(out / 'iterations', dict(step=step, batch=batch), f'{iteration:04d}.pt')
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     for folder, first, last in (('iterations', 0, oldest), ('selves', 1, oldest - lab.cfg.opponents + 1)):
         for old in (out / folder).glob('*.pt'):
             if old.stem.isdigit() and first <= int(old.stem) < last:
                 old.unlink()
-    names = {t: {DATA: 'data', TEACHER: 'teacher'}.get(t, f'self-{t}') for t in batch['generator'].unique().tolist()}
-    prompt_ids = [str(lab.groups['train'].ids[g]) for g in batch['group']]
-    if 'log_p' in batch:
-        lines, prompts = [], batch['prompt'].split(batch['prompt_length'].tolist())
-        for g, (prompt, answers) in enumerate(zip(prompts, answers_of(batch))):
-            for k, answer in enumerate(answers):
-                t = batch['generator'][g, k].item()
-                line = dict(prompt=post_of(lab, prompt.tolist()), completion=text_of(lab, answer),
-                            ended=answer[-1] == lab.encoding.eot_token, generator=names[t], iteration=iteration,
-                            prompt_id=prompt_ids[g])
-                line |= dict(reward=batch['reward'][g, k].item()) if 'reward' in batch else dict(rank=k)
-                line |= dict(log_prob=batch['log_p'][g, k].item()) if t >= 0 else {}
-                lines.append(json.dumps(line) + '\n')
-        write_whole(path.with_suffix('.jsonl'), ''.join(lines))
-    write_whole(path.with_suffix('.json'), json.dumps(dict(
-        iteration=iteration, method=lab.cfg.method, seed=lab.cfg.seed, step=step, batch_sha256=digest,
-        generators={name: lab.selves.hashes.get(t) for t, name in names.items()}, start=lab.selves.hashes[0],
-        facts=facts, prompt_ids=prompt_ids), indent=1))
-    return digest
+    if 'log_p' not in batch:
+        return
+    lines, prompts = [], batch['prompt'].split(batch['prompt_length'].tolist())
+    for g, (prompt, answers) in enumerate(zip(prompts, answers_of(batch))):
+        for k, answer in enumerate(answers):
+            t = batch['generator'][g, k].item()
+            line = dict(prompt=post_of(lab, prompt.tolist()), completion=text_of(lab, answer),
+                        ended=answer[-1] == lab.encoding.eot_token, iteration=iteration,
+                        generator={DATA: 'data', TEACHER: 'teacher'}.get(t, f'self-{t}'),
+                        prompt_id=str(lab.groups['train'].ids[batch['group'][g]]))
+            line |= dict(reward=batch['reward'][g, k].item()) if 'reward' in batch else dict(rank=k)
+            line |= dict(log_prob=batch['log_p'][g, k].item()) if t >= 0 else {}
+            lines.append(json.dumps(line) + '\n')
+    write_whole(path.with_suffix('.jsonl'), ''.join(lines))
 
 
-def read_iteration(lab, iteration, digest):
+def read_iteration(lab, iteration):
     path = Path(lab.cfg.out_dir) / 'iterations' / f'{iteration:04d}.pt'
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-        raise Refusal(f'{path} is missing or not the one that the checkpoint was trained on; its answers cannot be '
-                      'sampled again: start anew with --overwrite=True')
+    if not path.is_file():
+        raise Refusal(f'{path} is missing, and its answers cannot be sampled again: start anew with --overwrite=True')
     return load_checkpoint(path)['batch']
 
 
@@ -539,7 +531,7 @@ def main(cfg):
     described = dict(configs, **describe(cfg, machine, next(iter(method.trained.values())).config, data, optimizers,
                                          **what_stays(lab, method)))
     at, seconds = SimpleNamespace(step=0, tokens=0, sampled_tokens=0, best=-math.inf, evaluated=-1, ended=False,
-                                  facts={}, digest=''), 0.0
+                                  facts={}), 0.0
     with open_run(cfg, machine) as state, lab.stop as stop:
         if state is not None:
             with restoring(cfg):
@@ -551,7 +543,7 @@ def main(cfg):
                 vars(at).update(state['loop'])
                 seconds, lab.selves.hashes = state['seconds'], state['selves']
             if at.step % per_iteration:
-                batch = read_iteration(lab, at.step // per_iteration, at.digest)
+                batch = read_iteration(lab, at.step // per_iteration)
             del state
         machine.on_rank_0(lambda: start_files(cfg, at.step))
         machine.on_rank_0(lambda: start_folders(lab, at.step))
@@ -606,7 +598,7 @@ def main(cfg):
                     batch, at.facts = method.collect(iteration, at.step)
                     new_tokens = at.facts.pop('new_tokens', 0)
                     at.sampled_tokens += new_tokens
-                    at.digest = machine.on_rank_0(lambda: write_iteration(lab, iteration, at.step, batch, at.facts))
+                    machine.on_rank_0(lambda: write_iteration(lab, iteration, at.step, batch))
                     collecting = time.perf_counter() - since
                     collected += collecting
                     machine.print(f'iteration {iteration}: {len(batch["group"]):,} prompts and {new_tokens:,} sampled '

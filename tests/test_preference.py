@@ -310,12 +310,9 @@ def test_who_plays_in_which_iteration(tmp_path, options, expected):
 def test_iterations_on_disk_tell_everything():
     out = whole('spin', micro_groups=3) / 'iterations'
     lines = [json.loads(line) for line in (out / '0002.jsonl').read_text().splitlines()]
-    manifest, batch = json.loads((out / '0002.json').read_text()), load_checkpoint(out, '0002.pt')['batch']
+    batch = load_checkpoint(out, '0002.pt')['batch']
     assert [(line['generator'], line['rank']) for line in lines] == [('data', 0), ('self-2', 1), ('self-1', 2)] * 8
     assert all(('log_prob' in line) == (line['rank'] > 0) and line['iteration'] == 2 for line in lines)
-    assert [line['prompt_id'] for line in lines[::3]] == manifest['prompt_ids'] and manifest['seed'] == 0
-    past = load_checkpoint(out.parent / 'selves', '0001.pt')['model']
-    assert manifest['generators']['self-1'] == answers.weights_hash(past)
     rows, encoding = {row['post_id']: row['history'] for row in toy_rows('train', 40, 0)}, prepare_shp.encoding('bytes')
     for line, (*_, answer) in zip(lines, texts(batch), strict=True):
         assert line['prompt'] == rows[line['prompt_id']]
@@ -606,7 +603,7 @@ def test_resume_of_another_run_is_refused(tmp_path, method, option, part):
     for changes, words in ((dict(method='spin'), f'method is {method} in the checkpoint, spin here'),
                            (dict(groups_per_step=2), 'groups_per_step is 4 in the checkpoint, 2 here'),
                            (dict(resume=False), 'is not empty; add --resume=True'),
-                           ({option: other}, f'cannot resume.* {option} is'), ({}, '0000.pt is missing or not')):
+                           ({option: other}, f'cannot resume.* {option} is'), ({}, 'no valid checkpoint in')):
         if not changes:
             (out / 'iterations' / '0000.pt').write_bytes((out / 'iterations' / '0000.pt').read_bytes()[:-7])
         with pytest.raises(Refusal, match=words):
