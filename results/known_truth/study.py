@@ -31,7 +31,8 @@ PLAY = f'{TOY} --margin_stop=0'
 ONE, TWO, THREE = (  # H opponents train on H + 1 answers a prompt and sample H: together equal tokens
     f'config/toy_spin.py {PLAY} --opponents={H} --iterations={iterations} --eval_interval={interval}'
     for H, iterations, interval in ((1, 70, 20), (2, 42, 12), (3, 30, 8)))
-TEXT = (f'--dataset=known_truth_reddit --init_from={OUT}/reddit-start --groups_per_step=32 --micro_groups=8 '
+REDDIT = '--dataset=known_truth_reddit --max_answer_length=64'
+TEXT = (f'{REDDIT} --init_from={OUT}/reddit-start --groups_per_step=32 --micro_groups=8 '
         '--eval_groups=0 --eval_samples=64 --warmup_iters=5 --learning_rate=1e-4')
 PAIRS = f'config/dpo_shp.py {TEXT} --iterations=1 --groups_per_iteration=2048 --eval_interval=16'
 NEEDED = {  # by arms
@@ -40,8 +41,8 @@ NEEDED = {  # by arms
     'teacher': 'train.py config/toy_teacher.py --dtype=float32',
     'reward': REWARD,
     'reward-rank2': f'{REWARD} --rank_order=2',
-    'reddit-start': 'train.py config/t0_shp.py --dataset=known_truth_reddit --n_embd=64 --batch_size=20 --epochs=12 '
-                    '--min_lr=1e-3 --warmup_iters=0 --dtype=bfloat16 --compile=False'}
+    'reddit-start': f'train.py config/t0_shp.py {REDDIT} --n_embd=64 --batch_size=20 --epochs=12 --min_lr=1e-3 '
+                    '--warmup_iters=0 --dtype=bfloat16 --compile=False'}
 ARMS = {
     'dpo': {
         'dpo': DPO,
@@ -100,8 +101,7 @@ class Config(Options):
 
 def main(cfg):
     if cfg.source and not Path('data/known_truth_reddit').exists():
-        subprocess.run([sys.executable, ROOT / 'prepare_shp.py', f'--source={cfg.source}',
-                        '--dataset=known_truth_reddit', '--max_answer_length=64'], check=True)
+        subprocess.run([sys.executable, ROOT / 'prepare_shp.py', f'--source={cfg.source}', *REDDIT.split()], check=True)
     with ThreadPoolExecutor(cfg.jobs) as pool:
         queue(pool, cfg.seeds, {name: command for section, arms in ARMS.items() for name, command in arms.items()
                                 if not cfg.only or {section, name} & set(cfg.only)})
