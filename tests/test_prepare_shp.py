@@ -183,15 +183,6 @@ def test_flat_folder_equals_layout_and_is_deterministic(capsys):
     assert open_dataset(Config(dataset='a')).fingerprint == open_dataset(Config(dataset='b')).fingerprint
 
 
-def test_toy_is_made_on_the_spot(monkeypatch, capsys):
-    monkeypatch.setattr(prepare_shp, 'TOY_POSTS', {'train': 40, 'validation': 5, 'test': 5})
-    data = open_dataset(Config(source='toy', overwrite=True))
-    assert data.meta['encoding'] == 'bytes' and data.meta['splits']['train']['posts'] == 40
-    before = os.stat('data/toy/train.bin').st_mtime_ns
-    assert open_dataset(Config(source='toy')).fingerprint == data.fingerprint
-    assert os.stat('data/toy/train.bin').st_mtime_ns == before
-
-
 def test_one_bad_answer_is_dropped_and_counted():
     bad = [None, ' ', 7, 'x' * 2 ** 18 + 'x', '\0']
     lines = [dict(prompt=f'q{i}', responses=['best', bad[i % 5], 'good', 'worst'], scores=[9, 8, 7, 6])
@@ -276,19 +267,12 @@ def test_cut_answers_have_no_end_of_text_and_equal_ones_are_lost():
         pick_groups(data.groups('train'), 0, 0, 2)
 
 
-def script(*args, **kwargs):
-    return subprocess.run([sys.executable, ROOT / 'prepare_shp.py', *args], capture_output=True, text=True, **kwargs)
-
-
-def test_names_and_exit_codes():
+def test_names_of_folders_and_columns():
     for name in ('../../x', '/tmp/x', '.x', 'a b', 'a\n', '..'):
         with pytest.raises(Refusal, match='folder name'):
             prepare(Config(dataset=name, source='toy'))
-    done = script('--dataset=../../x', '--source=toy')
-    assert done.returncode == 2 and 'folder name' in done.stderr and 'Traceback' not in done.stderr
-    write('bad.jsonl', [dict(question='?', reply='!')])
-    done = script('--dataset=x', '--source=bad.jsonl', '--encoding=bytes')
-    assert done.returncode == 1 and "'question', 'reply'" in done.stderr and done.stderr.count('\n') == 1
+    with pytest.raises(Refusal, match="1 of 1 rows.*columns: 'question', 'reply'"):
+        local([dict(question='?', reply='!')])
 
 
 def test_report(capsys):

@@ -130,11 +130,6 @@ def test_what_does_not_fit_is_refused(reason):
         prepare_shp.read(BAD[reason], 'f:1')
 
 
-def test_refusals_name_the_columns_that_a_row_has():
-    with pytest.raises(Refusal, match="1 of 1 rows.*columns: 'question', 'reply'"):
-        local([dict(question='Hi?', reply='yes')])
-
-
 @pytest.mark.parametrize('columns, row, lost', [
     (dict(score='fine_grained_score'), dict(prompt='q', answers=[
         {'answer': a, 'overall_score': s, 'fine-grained_score': -s} for a, s in (('a', 1), ('b', 2))]),
