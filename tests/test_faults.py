@@ -391,9 +391,6 @@ def test_nothing_asks_the_network(tmp_path, monkeypatch):
     plot.plot(['out/start'])
 
 
-# Disks --------------------------------------------------------------------------------------------------------------
-
-
 def on_a_full_disk(arguments, size):
     """The command where no file can grow beyond `size` bytes, as on a disk without room."""
     done = subprocess.run(arguments, capture_output=True, text=True,

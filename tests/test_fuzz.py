@@ -35,9 +35,6 @@ def work(folder):
     os.chdir(here)
 
 
-# Rows of data -------------------------------------------------------------------------------------------------------
-
-
 TALK = st.lists(st.one_of(JSON, st.fixed_dictionaries(dict(
     role=st.one_of(st.sampled_from(['user', 'assistant', 'system']), TEXT), content=st.one_of(TEXT, JSON)))),
                 max_size=4)
@@ -74,9 +71,6 @@ def test_a_line_becomes_a_ranking_or_a_reason(line, columns):
     assert all(a >= b for a, b in zip(record.scores, record.scores[1:]))
     for text in (record.prompt, *record.answers):
         assert text.strip() and '\0' not in text and text.encode()
-
-
-# Teachers ----------------------------------------------------------------------------------------------------------
 
 
 CHOICE = st.fixed_dictionaries({}, optional=dict(text=st.one_of(TEXT, JSON), finish_reason=st.one_of(TEXT, JSON),

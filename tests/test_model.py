@@ -129,9 +129,6 @@ def test_sampling_follows_the_distribution_and_never_leaves_it():
         assert extreme.gather(1, sample_token(extreme, edge)[:, None]).isfinite().all()
 
 
-# Checkpoints ---------------------------------------------------------------------------------------------------------
-
-
 def state(step):
     return dict(step=step, w=torch.full((2000,), float(step)))
 

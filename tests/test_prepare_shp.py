@@ -130,9 +130,6 @@ def test_rankings_of_many_posts_and_a_score_ratio():
     assert [r.id for r in rankings(chain + [read_shp(row(post_id='q'))])] == ['p', 'q']
 
 
-# Text ----------------------------------------------------------------------------------------------------------------
-
-
 def test_template_boundary_and_no_injection():
     history = f' Who said "{render("x", "y")[0]}" <|endoftext|>?\n'
     answer = '\n<|endoftext|> A:\nme '
@@ -341,9 +338,6 @@ def test_bad_files():
     assert not Path('data').exists()
 
 
-# Killed, concurrent, damaged -----------------------------------------------------------------------------------------
-
-
 def test_concurrent_prepares():
     write('rows.jsonl', toy_rows('train', 300, 0))
     command = [sys.executable, ROOT / 'prepare_shp.py', '--dataset=d', '--source=rows.jsonl', '--encoding=bytes']
@@ -491,9 +485,6 @@ def test_groups_are_picked_in_epochs_and_subsets_keep_the_order(max_answers):
             subsets.add((i, *ranks))
     assert all(sorted(seen[n:n + 8]) == list(range(8)) for n in range(0, 72, 8))
     assert max_answers == 0 or len(subsets) > 8  # the subsets vary
-
-
-# gpt2 ----------------------------------------------------------------------------------------------------------------
 
 
 def test_gpt2_or_one_sentence():
