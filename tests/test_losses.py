@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import (gae, implicit_reward, linear_loss, linear_token_log_prob, link_order, loss_name,
+from losses import (gae, implicit_reward, linear_loss, linear_token_log_prob, link_order, loss_name, masked_mean,
                     plackett_luce_log_prob, plackett_luce_loss, ppo_policy_loss, ppo_value_loss, renormalize_reward,
                     slope_of, taylor_link, taylor_loss, token_log_prob)
 
@@ -507,6 +507,17 @@ def test_gae_is_its_definition(gamma, lam, rng):
             expected[b, t] = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(delta)))
     reward[~mask], value[~mask] = NAN, INF
     torch.testing.assert_close(gae(reward, value, mask, gamma, lam), expected, rtol=0, atol=1e-12)
+
+
+def test_masked_mean(rng):
+    x, mask = normal(rng, 5, 7), ragged_mask(rng, 5, 7)
+    x[~mask] = NAN
+    x.requires_grad_()
+    mean = masked_mean(x, mask)
+    mean.backward()
+    torch.testing.assert_close(mean, x[mask].mean())
+    torch.testing.assert_close(x.grad, mask / mask.sum().double())
+    assert masked_mean(x, torch.zeros_like(mask)) == 0
 
 
 def assert_loss_and_slope(function, x, others, loss, slope):

@@ -47,8 +47,8 @@ def test_files_metrics_and_the_first_loss(tmp_path, capsys):
     evals = metrics(tmp_path / 'run', 'eval')
     assert [line['step'] for line in evals] == [0, 4, 8, 12]
     assert set(evals[0]) == {'event', 'step', 'tokens', 'val_ce', 'val_ce_link', 'val_accuracy', 'val_ece',
-                             'val_ece_link', 'val_entropy_wrong', 'val_entropy_wrong_link', 'val_ce_t', 'val_t', 'val_ce_link_t',
-                             'val_t_link'}
+                             'val_ece_link', 'val_entropy_wrong', 'val_entropy_wrong_link', 'val_ce_t', 'val_t',
+                             'val_ce_link_t', 'val_t_link'}
     assert abs(lines[0]['train_ce'] - math.log(257)) < 0.1 and abs(evals[0]['val_ce'] - math.log(257)) < 0.1
     assert evals[-1]['val_ce'] < evals[0]['val_ce'] - 0.1
     printed = capsys.readouterr().out
