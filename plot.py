@@ -110,7 +110,7 @@ def draw(ax, curves):
 
 
 def plot(out_dirs, path=''):
-    """Draws runs into one picture and returns its path ('': as in Config). Raises Refusal where a run has no metrics."""
+    """Draws runs into one picture -> its path ('': as in Config). Raises Refusal where a run has no metrics."""
     if len(out_dirs) > len(COLOURS):
         raise Refusal(f'{len(out_dirs)} runs are too many to tell apart in one picture; plot at most {len(COLOURS)}')
     runs = [read_metrics(out_dir) for out_dir in out_dirs]
