@@ -16,6 +16,7 @@ Letters: G prompts, K answers a prompt, M answer tokens in all, B rows of T toke
 A tensor has a row for each prompt or one for each answer token; memory follows the number of tokens.
 """
 import hashlib
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import prepare_shp
-from configurator import Refusal, progress
+from configurator import progress
 from losses import linear_token_log_prob, taylor_loss
 from model import GPT, GPTConfig, ScalarHead
 from runs import Machine, RunConfig, StopSignal, load_checkpoint, save_checkpoint
@@ -56,15 +57,13 @@ class Stopped(Exception):
 
 
 def cut_prompts(lab, groups):
-    """list of Group -> the same, prompts cut to their last block_size - max_new_tokens tokens, whatever their answers.
-    """
+    """list of Group -> the same, prompts cut to their last block_size - max_new_tokens tokens."""
     room = lab.block_size - lab.cfg.max_new_tokens
     return [group._replace(prompt=group.prompt[-room:]) for group in groups]
 
 
 def cut_answers(lab, groups):
-    """The data's answers get the rest of the block behind their prompt, each cut for itself, then without end-of-text.
-    """
+    """Each of the data's answers gets the rest of the block behind its prompt; one that is cut has no end-of-text."""
     return [group._replace(answers=[answer[:lab.block_size - len(group.prompt)] for answer in group.answers])
             for group in cut_prompts(lab, groups)]
 
@@ -74,26 +73,24 @@ def usable_rankings(lab, groups):
 
     prepare_shp.Groups -> Groups, and what was cut and dropped in words ('' for nothing).
     """
-    length, room = np.diff(groups.offsets), lab.block_size - lab.cfg.max_new_tokens
-    prompt_length = length[groups.prompts]
-    rest = lab.block_size - np.minimum(prompt_length, room)  # for each answer of a prompt
-    sizes = np.diff(groups.first)
-    too_long = length[groups.answers] > np.repeat(rest, sizes)
-    keep = np.ones(len(groups.answers), bool)
-    for g in np.unique(np.repeat(np.arange(len(sizes)), sizes)[too_long]):
-        seen = set()
+    room, length, counts = lab.block_size - lab.cfg.max_new_tokens, np.diff(groups.offsets).tolist(), Counter()
+    rows, kept, first = [], [], [0]  # rankings and answers to keep, by number
+    for g, prompt in enumerate(groups.prompts):
+        rest, distinct = lab.block_size - min(length[prompt], room), {}
+        counts['prompts lose their beginning'] += length[prompt] > room
         for a in range(groups.first[g], groups.first[g + 1]):
-            answer = groups.piece(groups.answers[a])[:rest[g]].tobytes()
-            keep[a] = answer not in seen
-            seen.add(answer)
-    left = np.add.reduceat(keep, groups.first[:-1]) if len(sizes) else sizes
-    keep &= np.repeat(left > 1, sizes)
-    counts = {'prompts lose their beginning': (prompt_length > room).sum(), 'answers are cut': too_long.sum(),
-              'answers equal a better one then and are left out': (sizes - left)[left > 1].sum(),
-              'rankings keep one answer and are dropped': (left < 2).sum()}
-    kept = groups._replace(prompts=groups.prompts[left > 1], ids=groups.ids[left > 1], answers=groups.answers[keep],
-                           scores=groups.scores[keep], first=np.concatenate([[0], np.cumsum(left[left > 1])]))
-    return kept, ', '.join(f'{n:,} {what}' for what, n in counts.items() if n)
+            distinct.setdefault(groups.piece(groups.answers[a])[:rest].tobytes(), a)
+            counts['answers are cut'] += length[groups.answers[a]] > rest
+        if len(distinct) == 1:
+            counts['rankings keep one answer and are dropped'] += 1
+            continue
+        counts['answers equal a better one then and are left out'] += a + 1 - groups.first[g] - len(distinct)
+        rows.append(g)
+        kept += distinct.values()
+        first.append(len(kept))
+    usable = groups._replace(prompts=groups.prompts[rows], ids=groups.ids[rows], answers=groups.answers[kept],
+                             scores=groups.scores[kept], first=np.array(first))
+    return usable, ', '.join(f'{n:,} {what}' for what, n in counts.items() if n)
 
 
 def make_batch(groups, generator=DATA):
@@ -203,31 +200,34 @@ def micro_batches(lab, batch, rows=None):
 # Through a model -----------------------------------------------------------------------------------------------------
 
 
+def spread(lab, parts, what, function):
+    """function(part) for each part of this rank -> [(part, its result)] of all ranks. Raises Stopped after a signal."""
+    found = []
+    for part in progress(parts, what, lab.machine.print):
+        if lab.stop.number:
+            break
+        found.append((part, function(part)))
+    if lab.machine.sum([lab.stop.number])[0]:
+        raise Stopped
+    return sum(lab.machine.gather(found), [])
+
+
 @torch.no_grad()
 def for_all(lab, batch, function):
     """function(Rows) -> dict of tensors, (g, K) or (m,), over all prompts of a batch, shared among the ranks.
 
-    -> dict of (G, K) or (M,) on the CPU, the same on every rank. Raises Stopped after a signal.
+    -> dict of (G, K) or (M,) on the CPU, the same on every rank.
     """
-    parts = []
-    for rows in progress(micro_batches(lab, batch), 'scoring answers', lab.machine.print):
-        if lab.stop.number:
-            break
-        found = function(pack(select(batch, rows), lab.machine.device))
-        parts.append((rows, {name: x.float().cpu() for name, x in found.items()}))
-    leave_together(lab)
-    parts, result = sum(lab.machine.gather(parts), []), {}
-    for rows, found in parts:
+    def of_part(rows):
+        return {name: x.float().cpu() for name, x in function(pack(select(batch, rows), lab.machine.device)).items()}
+
+    result = {}
+    for rows, found in spread(lab, micro_batches(lab, batch), 'scoring answers', of_part):
         for name, x in found.items():
             per_answer = x.ndim == 2
             shape = batch['answer_length' if per_answer else 'answer'].shape
             result.setdefault(name, torch.zeros(shape))[rows if per_answer else token_rows(batch, rows)] = x
     return result
-
-
-def leave_together(lab):
-    if any(lab.machine.sum(lab.stop.flags())):
-        raise Stopped
 
 
 def hidden_states(lab, forward, rows):
@@ -243,12 +243,9 @@ def token_log_probs(lab, model, hidden, rows):
                                      rows.batch['answer'], model.config.vocab_size)
 
 
-def answer_log_prob(rows, log_p, token_order=0):
-    """log pi(y|x) = sum_t log p_t over an answer's tokens, its end-of-text included: (M,) -> (G, K), nats.
-
-    token_order m: -sum_t T_m(p_t) in its place. m = 0 is the log-probability itself.
-    """
-    return rows.per_answer(-taylor_loss(log_p, token_order) if token_order else log_p)
+def answer_log_prob(rows, log_p, token_order):
+    """-sum_t T_m(p_t) over an answer's tokens, m = token_order: (M,) -> (G, K), nats. m = 0 is log pi(y|x)."""
+    return rows.per_answer(-taylor_loss(log_p, token_order))
 
 
 def log_prob_under(lab, model, batch, token_order=0):
@@ -279,30 +276,27 @@ def answer_rewards(lab, scorer, forward, rows):
 def sample(lab, model, prompts, iteration, who):
     """One answer of `model` to each prompt at temperature 1: lists of ids -> lists of ids, the same on every rank.
 
-    Shared among the ranks. Uniform numbers are a function of (seed, iteration, who, place), so that the number of ranks
-    changes nothing but rounding. Raises Stopped after a signal.
+    Uniform numbers are a function of (seed, iteration, who, place): the number of ranks changes only the rounding.
     """
-    cfg, machine = lab.cfg, lab.machine
+    cfg = lab.cfg
     rng = np.random.default_rng((5, cfg.seed, iteration, who))
     uniform = torch.from_numpy(rng.random((len(prompts), cfg.max_new_tokens), np.float32))
-    mine = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[machine.rank::machine.world_size]
-    answers = {}
-    for first in progress(range(0, len(mine), cfg.sample_batch), 'sampling answers', machine.print):
-        if lab.stop.number:
-            break
-        rows = mine[first:first + cfg.sample_batch]
-        with machine.autocast():
-            new = model.generate([prompts[i] for i in rows], cfg.max_new_tokens, eot=lab.encoding.eot_token,
-                                 uniform=uniform[rows])
-        answers.update(zip(rows, new))
-    leave_together(lab)
-    return gather_answers(lab, answers)
+
+    def generate(rows):
+        with lab.machine.autocast():
+            return model.generate([prompts[i] for i in rows], cfg.max_new_tokens, eot=lab.encoding.eot_token,
+                                  uniform=uniform[rows])
+
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    return in_batches(lab, by_length, 'sampling answers', generate)
 
 
-def gather_answers(lab, answers):
-    """{place: answer} of each rank -> the list of all."""
-    every = {place: answer for part in lab.machine.gather(answers) for place, answer in part.items()}
-    return [every[place] for place in range(len(every))]
+def in_batches(lab, places, what, generate):
+    """generate(places) -> their answers; over all places, sample_batch at a time, on all ranks -> all answers."""
+    mine, size = places[lab.machine.rank::lab.machine.world_size], lab.cfg.sample_batch
+    parts = [mine[i:i + size] for i in range(0, len(mine), size)]
+    answers = {i: answer for part, new in spread(lab, parts, what, generate) for i, answer in zip(part, new)}
+    return [answers[i] for i in range(len(places))]
 
 
 def text_of(lab, ids):
@@ -353,11 +347,4 @@ class Selves:
             lab.machine.on_rank_0(lambda: save_checkpoint(self.folder, state, f'{t:04d}.pt'))
 
     def model(self, t, device):
-        """pi_t, frozen. Refuses one that is missing, or not what the checkpoint says."""
-        path = self.folder / f'{t:04d}.pt'
-        if not path.is_file():
-            raise Refusal(f'{path}, the pi_{t} of this run, is missing; start anew with --overwrite=True')
-        state = load_checkpoint(path)
-        if weights_hash(state['model']) != self.hashes[t]:
-            raise Refusal(f'{path} is not the pi_{t} of this run; start anew with --overwrite=True')
-        return make_gpt(state).to(device)
+        return make_gpt(load_checkpoint(self.folder / f'{t:04d}.pt')).to(device)

@@ -17,7 +17,7 @@ import runpy
 import shlex
 import sys
 import time
-import traceback
+from collections import ChainMap
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
@@ -38,8 +38,7 @@ class Options:
 
     def check(self):
         """Yields a sentence for each value that is wrong."""
-        classes = [vars(cls) for cls in reversed(type(self).__mro__)]
-        lowest, choices = ({name: x for cls in classes for name, x in cls.get(what, {}).items()}
+        lowest, choices = (ChainMap(*(vars(cls).get(what, {}) for cls in type(self).__mro__))
                            for what in ('lowest', 'choices'))
         for name in get_type_hints(type(self)):
             value = getattr(self, name)
@@ -84,18 +83,15 @@ def configure(Config, argv=None):
             if key not in kinds or arg == f'--{key}={text}':
                 assign(key, text)
             else:
-                text = shlex.quote(text) if text else 'True' if kinds[key] is bool else 'VALUE'
-                errors.append(f'a flag and its value are one word: write --{key}={text}')
+                errors.append(f'a flag and its value are one word: write --{key}={text or "VALUE"}')
         elif 'runs' in kinds and not arg.endswith('.py'):
             values['runs'], sources['runs'] = values.get('runs', ()) + (arg,), 'command line'
         elif path:
             try:
                 assigned = runpy.run_path(path)
-            except (Exception, SystemExit) as error:
-                frames = traceback.extract_tb(error.__traceback__)
-                where = [f' in line {frame.lineno}' for frame in frames if frame.filename == path][-1:]
-                errors.append(f'{arg} failed{"".join(where)}: {type(error).__name__}: {" ".join(str(error).split())}')
-                assigned = {}
+            except Exception as error:
+                errors.append(f'{arg} failed: {type(error).__name__}: {error}')
+                continue
             keys = [key for key in assigned if key[0] != '_' and not inspect.ismodule(assigned[key])]
             if header(path)[1] != SCRIPT and not set(keys) <= set(kinds):
                 errors.append(f'{arg} is a config of {header(path)[1]}')
@@ -108,30 +104,27 @@ def configure(Config, argv=None):
                 hint = f'did you mean --source={shlex.quote(arg)} --dataset={shlex.quote(Path(arg).stem)}?'
             errors.append(f'there is no config file {arg!r}; {hint}')
 
-    given, cfg, changed = frozenset(values), Config(**values), []
+    given, cfg = frozenset(values), Config(**values)
     if getattr(cfg, 'resume', False) and (path := Path(cfg.out_dir, 'config.json')).is_file():
         before = json.loads(path.read_text(encoding='utf-8'))
         if (script := before.get('script')) not in (None, Path(inspect.getfile(Config)).name):
             say(f'{cfg.out_dir} is a run of {script}: python {script} --resume=True --out_dir={cfg.out_dir}',
                 file=sys.stderr, flush=True)
             sys.exit(2)
-        for key in [key for key in kinds if key in before and key not in NOT_RESUMED]:
-            if key not in given:
-                assign(key, before[key], str(path))
-            elif (was := json.dumps(before[key])) != (now := json.dumps(values[key])):
-                changed.append(f'changed on resume: {key} {was} -> {now}')
+        for key in (kinds.keys() & before.keys()) - given - set(NOT_RESUMED):
+            assign(key, before[key], str(path))
         cfg = Config(**values)
     elif getattr(cfg, 'resume', False) and given <= set(NOT_RESUMED):
         errors.append(f'there is no run to resume in {cfg.out_dir}; name its folder with --out_dir=DIR')
     object.__setattr__(cfg, 'given', given)
-    errors += cfg.check() if hasattr(cfg, 'check') else []  # a value that was refused above is at its default
+    errors += cfg.check()  # a value that was refused above is at its default
     if errors:
         say(*errors, sep='\n', file=sys.stderr, flush=True)
         sys.exit(2)
     rows = [f'  {f"{key} = {getattr(cfg, key)!r}":<40} {sources[key]}' for key in kinds
             if getattr(cfg, key) != getattr(Config(), key)]
     if rows:
-        say('options that differ from the defaults:', *rows, *changed, sep='\n', flush=True)
+        say('options that differ from the defaults:', *rows, sep='\n', flush=True)
     return cfg
 
 
@@ -147,11 +140,8 @@ def run(main, Config):
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os._exit(1)  # without Python's last flush, which would complain
-    except (Refusal, OSError) as error:  # of a full disk or a missing permission, the system's words name the file
+    except (Refusal, OSError) as error:  # the latter of a full disk or a missing permission
         sys.exit(f'{prefix}: {error}')
-    except ValueError as error:  # a refusal in losses.py or model.py, or a bug: the line ends with its place
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        sys.exit(f'{prefix}: {error} ({Path(place.filename).name}, line {place.lineno})')
 
 
 def progress(items, what, say=print):

@@ -2,16 +2,16 @@
 
 Letters as in answers.py.
 """
-import json
-
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import toy_shp
 from answers import (answers_of, cut_answers, cut_prompts, for_all, hidden_states, log_prob_under, make_batch, post_of,
                      rewards, sample, text_of, token_log_probs)
 from losses import calibration_gaps, plackett_luce_loss
 from prepare_shp import pick_groups, visible
+from runs import read_events
 
 EVAL_SEED = 0   # which held-out groups are evaluated is the same in all runs
 EVAL = 2 ** 31  # the iteration whose random numbers all evaluations share
@@ -60,31 +60,28 @@ class Evaluation:
         """One answer to each held-out prompt: how far it is from the start's, how long, how good."""
         lab, eot = self.lab, self.lab.encoding.eot_token
         answers = sample(lab, self.policy, self.prompts, EVAL, 0)
-        groups = [group._replace(prompt=prompt, answers=[answer])
-                  for group, prompt, answer in zip(self.asked, self.prompts, answers)]
-        batch = make_batch(groups)
+        batch = make_batch([group._replace(prompt=prompt, answers=[answer])
+                            for group, prompt, answer in zip(self.asked, self.prompts, answers)])
         own = for_all(lab, batch, self.log_p_and_entropy)
         log_p, start_log_p = own['log_p'][:, 0], own['log_p'][:, 0]
         if self.policy is not self.start:
             start_log_p = log_prob_under(lab, self.start, batch)['log_p'][:, 0]
         ended = torch.tensor([answer[-1] == eot for answer in answers])
-        length = batch['answer_length'].sum(1)
+        length = batch['answer_length'].sum(1) - ended.long()
         metrics = dict(kl=(log_p - start_log_p).mean().item(), entropy=own['entropy'].mean().item(),
-                       answer_length=(length - ended.long()).float().mean().item(),
-                       eot_rate=ended.float().mean().item())
-        columns = dict(log_prob=log_p.tolist())
+                       answer_length=length.float().mean().item(), eot_rate=ended.float().mean().item())
+        columns = dict(ended=ended, log_prob=log_p)
         if self.toy:
-            columns['true_quality'] = self.qualities(batch, self.posts)[:, 0].tolist()
-            metrics['true_quality'] = float(np.mean(columns['true_quality']))
+            columns['true_quality'] = self.qualities(batch, self.posts)[:, 0]
+            metrics['true_quality'] = columns['true_quality'].double().mean().item()
             if step == 0:
                 metrics |= self.quality_of_others()
-        reward = rewards(lab, self.method.scorer, batch)[:, 0] if self.method.scorer else None
-        metrics |= self.method.report(self, batch, reward)
-        if reward is not None:
-            columns['reward'] = reward.tolist()
+        if self.method.scorer:
+            columns['reward'] = rewards(lab, self.method.scorer, batch)[:, 0]
+        metrics |= self.method.report(self, batch, columns.get('reward'))
         for i, (post, answer) in enumerate(zip(self.posts[:KEPT], answers)):
             self.samples_log.write('eval', step=step, prompt=post, completion=text_of(lab, answer),
-                                   ended=bool(ended[i]), **{name: column[i] for name, column in columns.items()})
+                                   **{name: column[i].item() for name, column in columns.items()})
         return metrics
 
     def log_p_and_entropy(self, rows):
@@ -104,18 +101,17 @@ class Evaluation:
         lab, held = self.lab, self.held
         groups = lab.groups['train']
         train = make_batch(cut_answers(lab, pick_groups(groups, EVAL_SEED, 0, min(4000, len(groups.prompts)))))
-        weight = torch.zeros(lab.encoding.n_vocab, requires_grad=True)
-        adam = torch.optim.Adam([weight], lr=0.02)
+        weight = torch.zeros(lab.encoding.n_vocab, 1, requires_grad=True)
+        adam = torch.optim.Adam([weight], lr=0.02, weight_decay=2e-3)
 
         def bag(batch):
             length = batch['answer_length'].flatten()
-            owner = torch.repeat_interleave(torch.arange(len(length)), length)
-            return torch.zeros(len(length)).index_add(0, owner, weight[batch['answer']]).view_as(batch['answer_length'])
+            starts = length.cumsum(0) - length
+            return F.embedding_bag(batch['answer'], weight, starts, mode='sum').view_as(batch['answer_length'])
 
         for _ in range(100):
             with torch.enable_grad():
                 loss = plackett_luce_loss(bag(train), 0, train['answer_length'] > 0).mean()
-                loss = loss + 1e-3 * weight.square().sum()
             weight.grad, = torch.autograd.grad(loss, weight)
             adam.step()
         valid = held['answer_length'] > 0
@@ -164,12 +160,8 @@ def pair_statistics(scores, valid):
 
 def show_samples(out_dir):
     """The first posts' samples before and after, from samples.jsonl."""
-    path = out_dir / 'samples.jsonl'
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    steps = sorted({line['step'] for line in lines})
-    if not steps:
-        return
-    before, after = ([line for line in lines if line['step'] == step][:SHOWN] for step in (steps[0], steps[-1]))
+    lines = read_events(out_dir / 'samples.jsonl')
+    before, after = ([line for line in lines if line['step'] == lines[i]['step']][:SHOWN] for i in (0, -1))
     for old, new in zip(before, after):
         print('-' * 40 + '\n' + visible(new['prompt']))
         for name, line in (('before', old), ('after', new)):
@@ -194,8 +186,7 @@ def report_reward_model(evaluation, batch, reward):
     metrics = dict(reward_std=reward.std(correction=0).item())
     if evaluation.toy:
         both = torch.stack([reward, evaluation.qualities(batch, evaluation.posts)[:, 0]])
-        if (both.std(1, correction=0) > 0).all():
-            metrics['reward_quality_correlation'] = torch.corrcoef(both)[0, 1].item()
+        metrics['reward_quality_correlation'] = torch.corrcoef(both)[0, 1].item()  # nan where all rewards are equal
     return metrics
 
 

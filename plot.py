@@ -1,21 +1,25 @@
-"""metrics.jsonl of some runs -> one PNG: curves raw and smoothed, named by the options that tell the runs apart.
+"""metrics.jsonl of some runs -> one picture: curves raw and smoothed, named by the options that tell the runs apart.
 
     python plot.py out/toy_t0 out/toy_t1 out/toy_t2
 """
 import json
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import Options, Refusal, run
-from runs import read_events
+import matplotlib
+from matplotlib.figure import Figure  # not pyplot: it would look for a screen
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+from configurator import NOT_RESUMED, Options, Refusal, run
+from runs import read_events, replacing
 
 SMOOTHING = 0.99  # of the moving average, for curves of 2500 points or more
 FEW_POINTS = 50   # below which a curve is drawn point by point, not smoothed
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#444444'  # Okabe & Ito: for all eyes
-NAMELESS = 'out_dir', 'resume', 'overwrite', 'stop_step', 'log_interval'  # options that name no run
+NAMELESS = *NOT_RESUMED, 'log_interval'  # options that name no run
 TRAIN = [  # title, unit, {metric: (line, its meaning)}; over tokens
     ('Training cross-entropy', 'nats per token', {'train_ce': ('-', 'p')}),
     ('Validation cross-entropy', 'nats per token', {
@@ -37,24 +41,19 @@ STYLE = {'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes
 @dataclass(frozen=True)
 class Config(Options):
     runs: tuple[str, ...] = ()  # the runs' folders; they need no flag: python plot.py out/a out/b
-    path: str = ''              # of the picture; '' = plot.png, or loss.png (preference.png) in a single run's folder
+    path: str = ''              # .png, .pdf or .svg; '' = plot.png, of a single run its loss.png or preference.png
 
     def check(self):
         yield from super().check()
         if not self.runs:
             yield 'there is nothing to plot; name the folders of some runs: python plot.py out/toy_t0 out/toy_t2'
-        if self.path and not self.path.endswith('.png'):
-            yield f"path='{self.path}' is no PNG; let it end in .png"
 
 
 def read_metrics(out_dir):
     """The lines of out_dir/metrics.jsonl as a list of dicts. Raises Refusal where there are none."""
-    path = Path(out_dir) / 'metrics.jsonl'
-    if not path.is_file():
-        raise Refusal(f'{path} cannot be read (No such file); name the folder of a run')
-    events = [event for _, event in read_events(path)]
+    events = read_events(Path(out_dir) / 'metrics.jsonl')
     if not events:
-        raise Refusal(f'{path} holds no metrics yet; let the run go on for a while')
+        raise Refusal(f'{out_dir}/metrics.jsonl holds no metrics; name the folder of a run that has begun')
     return events
 
 
@@ -82,9 +81,7 @@ def labels(out_dirs):
     except (OSError, ValueError):
         return folders
     for config in configs:
-        order = config.pop('taylor_order', None)
-        if order is not None:  # the loss's name tells it; older runs wrote no name
-            config.setdefault('loss', f'taylor_loss(n={order})')
+        config.pop('taylor_order', None)  # the loss's name tells it
     keys = dict.fromkeys(['loss', *(key for config in configs for key in config)])
     differ = [key for key in keys if key not in NAMELESS and len({repr(config.get(key)) for config in configs}) > 1]
     names = [', '.join(f'{key}={config[key]}'.replace('$', r'\$') for key in differ if key in config)
@@ -113,14 +110,7 @@ def draw(ax, curves):
 
 
 def plot(out_dirs, path=''):
-    """Draws runs into one PNG and returns its path ('': as in Config). Raises Refusal where a run has no metrics."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure  # not pyplot: it would look for a screen
-        from matplotlib.lines import Line2D
-        from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
-    except ImportError:
-        raise Refusal('a plot needs matplotlib: pip install matplotlib') from None
+    """Draws runs into one picture -> its path ('': as in Config). Raises Refusal where a run has no metrics."""
     if len(out_dirs) > len(COLOURS):
         raise Refusal(f'{len(out_dirs)} runs are too many to tell apart in one picture; plot at most {len(COLOURS)}')
     runs = [read_metrics(out_dir) for out_dir in out_dirs]
@@ -138,7 +128,7 @@ def plot(out_dirs, path=''):
                 points = series(events, x, metric)
                 if metric == 'kl':  # grows like the distance travelled (Gao et al. 2023); an estimate may be below 0
                     points = [(step, math.sqrt(max(kl, 0.0))) for step, kl in points]
-                if points and (points, colour) not in [curve[:2] for curve in curves]:  # T_0 of old runs
+                if points:
                     curves.append((points, colour, line))
                     meanings[meaning] = line
         if curves:
@@ -175,12 +165,8 @@ def plot(out_dirs, path=''):
                       ncols=len(keys) if sum(widths) <= room else max(1, room // max(widths)))
         path = Path(path or ('plot.png' if len(runs) > 1 else
                              Path(out_dirs[0]) / ('preference.png' if preference else 'loss.png')))
-        temporary = path.with_name(f'.{path.name}.tmp')
-        try:
-            figure.savefig(temporary, format='png')
-            os.replace(temporary, path)
-        except OSError as error:
-            raise Refusal(f'{path} cannot be written ({error.strerror}); choose another --path=FILE.png') from None
+        with replacing(path) as f:
+            figure.savefig(f, format=path.suffix[1:])
     return path
 
 

@@ -37,8 +37,8 @@ from losses import (gae, implicit_reward, plackett_luce_loss, ppo_policy_loss, p
 from model import ScalarHead
 from prepare_shp import pick_groups
 from runs import (NUMBERED, Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, crop, decay_groups,
-                  describe, finish, load_checkpoint, load_run, lr_factor, open_run, open_start, restoring,
-                  run_notes, save_checkpoint, setup, start_files, write_whole)
+                  describe, finish, load_checkpoint, load_run, lr_factor, open_run, open_start, run_notes,
+                  save_checkpoint, setup, start_files, write_whole)
 
 MARGIN_GROUPS = 512  # prompts over which the margin of data over self is compared with its standard error
 
@@ -534,17 +534,16 @@ def main(cfg):
                                   facts={}), 0.0
     with open_run(cfg, machine) as state, lab.stop as stop:
         if state is not None:
-            with restoring(cfg):
-                machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
-                for name, module in method.trained.items():
-                    module.load_state_dict(state[name])
-                updates.load_state_dict(state)
-                method.load_state_dict(state['method'])
-                vars(at).update(state['loop'])
-                seconds, lab.selves.hashes = state['seconds'], state['selves']
+            machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
+            for name, module in method.trained.items():
+                module.load_state_dict(state[name])
+            updates.load_state_dict(state)
+            method.load_state_dict(state['method'])
+            vars(at).update(state['loop'])
+            seconds, lab.selves.hashes = state['seconds'], state['selves']
             if at.step % per_iteration:
                 batch = read_iteration(lab, at.step // per_iteration)
-            del state
+            state.clear()
         machine.on_rank_0(lambda: start_files(cfg, at.step))
         machine.on_rank_0(lambda: start_folders(lab, at.step))
         metrics, samples_log = Metrics(cfg, machine, at.step), Metrics(cfg, machine, at.step, 'samples.jsonl')
@@ -611,8 +610,8 @@ def main(cfg):
                 lr = cfg.learning_rate * lr_factor(at.step, cfg)
                 grad_norm = updates.clip_and_step(at.step + 1, save_state)
                 at.step, at.tokens = at.step + 1, at.tokens + counts['tokens']
-                sums = machine.sum(torch.stack(list(stats.values())).tolist() + stop.flags())
-                stats, signals = dict(zip(stats, sums)), sums[len(stats):]
+                sums = machine.sum(torch.stack(list(stats.values())).tolist() + [stop.number])
+                stats, stopped = dict(zip(stats, sums)), sums[-1]
                 at.facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
                 if at.step == 1:
                     machine.print(f'first update: {in_words(stats)}')
@@ -637,7 +636,7 @@ def main(cfg):
                                   f'norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, '
                                   f'ETA {timedelta(seconds=round(left))}')
                     last_line, collected = (total, at.step, now), 0.0
-                if any(signals):
+                if stopped:
                     break
         if at.step != saved_step:
             save_state()

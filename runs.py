@@ -9,7 +9,6 @@ import inspect
 import json
 import math
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -18,7 +17,6 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,21 +24,19 @@ import torch
 import torch.distributed as dist
 
 import prepare_shp
-from configurator import Refusal, header
+from configurator import NOT_RESUMED, Refusal, header
 
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 DTYPES = 'auto', 'float32', 'bfloat16', 'float16'
 MAX_SKIPPED_IN_A_ROW = 10  # updates with a gradient that is not finite, after which a run ends
 RANK_TIMEOUT = 180         # seconds that ranks wait for each other, in place of torch's 1800
-LOCK_TIMEOUT = 10          # seconds that a run waits for another one to leave its folder
 PARENT = os.getppid()      # torchrun, where this process is one of its ranks
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, a scheduler, a closed terminal
 NUMBERED = '[0-9]' * 4 + '*.*'  # the files of iterations/ and selves/
 # what overwrite deletes; options that may differ between a run and its exact resume
-RUN_FILES = ('ckpt_*', 'best.pt', 'best.tmp-*', 'config.json', 'metrics.jsonl', 'loss.png', 'preference.png',
+RUN_FILES = ('ckpt_*', 'best.pt', '.tmp.*', 'config.json', 'metrics.jsonl', 'loss.png', 'preference.png',
              'samples.jsonl', f'iterations/{NUMBERED}', f'selves/{NUMBERED}', 'tensorboard', 'wandb', 'wandb.id')
-INCIDENTAL = ('resume', 'overwrite', 'out_dir', 'stop_step', 'log_interval', 'wandb', 'tensorboard', 'device', 'dtype',
-              'compile', 'workers')
+INCIDENTAL = *NOT_RESUMED, 'log_interval', 'wandb', 'tensorboard', 'device', 'dtype', 'compile', 'workers'
 
 
 @dataclass(frozen=True)
@@ -70,11 +66,6 @@ class RunConfig(prepare_shp.Config):
 
     def check(self):
         yield from super().check()
-        if not self.out_dir.strip():
-            yield 'out_dir is empty; name a folder for the run'
-        for name in ('wandb', 'tensorboard'):
-            if getattr(self, name) and not find_spec(name):
-                yield f'{name}=True needs {name}, which is not installed: pip install {name}'
         if self.resume and self.overwrite:
             yield 'resume and overwrite exclude each other: one continues the earlier run, the other deletes it'
 
@@ -90,9 +81,7 @@ class Machine(NamedTuple):
     compile: bool
 
     def autocast(self):
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def share(self, count):
         """The part of range(count) that belongs to this rank."""
@@ -138,18 +127,15 @@ class Machine(NamedTuple):
 
 def setup(device='auto', dtype='auto', compile=False):
     """Device, dtype and, under torchrun, the process group, with one printed line about what was chosen and why."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    kind = device if device != 'auto' else 'cuda' if cuda else 'mps' if mps else 'cpu'
-    if kind == 'cuda' and not cuda or kind == 'mps' and not mps:
+    found = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    kind = device if device != 'auto' else next(name for name, there in found.items() if there)
+    if not found[kind]:
         raise Refusal(f'device={kind} was asked for, but torch {torch.__version__} finds none; use --device=cpu')
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = torch.device(kind, int(os.environ.get('LOCAL_RANK', 0))) if kind == 'cuda' else torch.device(kind)
     if kind == 'cuda':
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        if missing := {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} - os.environ.keys():
-            raise Refusal(f'WORLD_SIZE={world_size} is set in the environment, but {", ".join(sorted(missing))} is '
-                          'not; unset WORLD_SIZE, or start the ranks with torchrun')
         timeout = timedelta(seconds=RANK_TIMEOUT)
         store, *_ = next(dist.rendezvous('env://', timeout=timeout))
         if world_size == int(os.environ.get('LOCAL_WORLD_SIZE', 0)):
@@ -181,27 +167,19 @@ def end_ranks():
 
 def matmul_peak(machine):
     """FLOP/s of a large square matrix product on this device: what MFU is measured against."""
-    a = torch.randn(1024 if machine.device.type == 'cpu' else 8192, device=machine.device).to(machine.dtype)
-    a, best = a[:, None] * a, math.inf
+    n, seconds = 1024 if machine.device.type == 'cpu' else 8192, []
+    a = torch.randn(n, n, dtype=machine.dtype, device=machine.device)
     for _ in range(4):
         synchronize(machine)
         start = time.perf_counter()
         a @ a
         synchronize(machine)
-        best = min(best, time.perf_counter() - start)
-    return 2 * len(a) ** 3 / best
+        seconds.append(time.perf_counter() - start)
+    return 2 * n ** 3 / min(seconds)
 
 
 def synchronize(machine):
-    if machine.device.type != 'cpu':
-        getattr(torch, machine.device.type).synchronize()
-
-
-def peak_memory(machine):
-    """Bytes: of the GPU where there is one, else of the process."""
-    if machine.device.type == 'cuda':
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    getattr(torch, machine.device.type).synchronize()
 
 
 def seed_everything(seed, step, rank):
@@ -234,11 +212,6 @@ class StopSignal:
         orphaned = 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != PARENT
         return self.caught or (signal.SIGTERM if orphaned else 0)
 
-    def flags(self):
-        """For Machine.sum: which of STOP_SIGNALS it was."""
-        number = self.number
-        return [number == n for n in STOP_SIGNALS]
-
 
 # The run's folder ----------------------------------------------------------------------------------------------------
 
@@ -247,63 +220,48 @@ class StopSignal:
 def open_run(cfg, machine):
     """Locks out_dir for this run, and yields the state to resume from, or None for a new run."""
     out = Path(cfg.out_dir)
-    held = machine.on_rank_0(lambda: lock(out))
-    try:
-        resumes = cfg.resume and bool(checkpoints(out))
-        if cfg.resume and not resumes:
-            # an evaluation follows its checkpoint; lines of training alone are of a run killed before its first one
-            if any(event['step'] and event['event'] == 'eval' for _, event in read_events(out / 'metrics.jsonl')):
-                raise Refusal(f'{out} has lost its checkpoints, and best.pt cannot be continued; choose another '
-                              '--out_dir, or delete it all with --overwrite=True')
-            machine.print(f'nothing to resume in {out}: starting at step 0')
-        elif not cfg.resume and any(out.iterdir()):
-            if not (out / 'config.json').exists() and not checkpoints(out):
-                raise Refusal(f'{out} is not empty and holds no run, so nothing in it is touched; choose another '
-                              '--out_dir')
-            if not cfg.overwrite:
-                raise Refusal(f'{out} is not empty; add --resume=True to continue the run in it, --overwrite=True to '
-                              'delete that run, or choose another --out_dir')
-        machine.sum([0])  # every rank has looked before one of them writes
-        if cfg.overwrite:
-            machine.on_rank_0(lambda: delete_run(out))
-        found = [load_checkpoint(out) if resumes else None]
-        if len(set(machine.gather(found[0] and found[0]['step']))) > 1:
+    with contextlib.ExitStack() as stack:
+        machine.on_rank_0(lambda: claim(cfg, out, stack))
+        state = load_checkpoint(out) if checkpoints(out) else None
+        if len(set(machine.gather(state and state['step']))) > 1:
             raise Refusal(f'the ranks do not find the same checkpoint in {out}; it must be one folder that all share')
-        yield found.pop()  # popped, so that no reference is kept here while the run goes on
-    except RuntimeError as error:
-        if machine.world_size > 1 and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
-            raise Refusal('another rank has ended or does not answer, so this one ends too; its last message tells '
-                          'why. --resume=True continues from the last checkpoint') from error
-        raise
-    finally:
-        if held is not None:
-            os.close(held)
-
-
-def lock(out):
-    """Opens the folder for this process alone, until it closes it or dies: two runs in one would mix their files."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refusal(f'out_dir={out} cannot be made a folder ({error.strerror}); choose another --out_dir') from None
-    held, last = os.open(out, os.O_RDONLY), time.monotonic() + LOCK_TIMEOUT
-    while True:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return held
-        except BlockingIOError:
-            if time.monotonic() > last:
-                os.close(held)
-                raise Refusal(f'{out} is in use by another run; wait for its end, or choose another --out_dir')
-            time.sleep(0.1)  # it may be saving, at its end
-        except OSError:  # NFS, for example
-            print(f'warning: the file system of {out} has no locks; let no second run write there', flush=True)
-            return held
+            yield state
+        except RuntimeError as error:
+            if machine.world_size > 1 and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+                raise Refusal('another rank has ended or does not answer, so this one ends too; its last message tells '
+                              'why. --resume=True continues from the last checkpoint') from error
+            raise
 
 
-def delete_run(out):
-    for path in (path for pattern in RUN_FILES for path in out.glob(pattern)):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def claim(cfg, out, stack):
+    """Locks the folder until `stack` closes or this process dies, and deletes the run in it if asked to.
+
+    Refuses a folder that this run must not touch: two runs in one would mix their files.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    held = os.open(out, os.O_RDONLY)
+    stack.callback(os.close, held)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refusal(f'{out} is in use by another run; wait for its end, or choose another --out_dir') from None
+    except OSError:  # NFS, for example
+        print(f'warning: the file system of {out} has no locks; let no second run write there', flush=True)
+    found = checkpoints(out)
+    if cfg.resume and not found:
+        if (out / 'best.pt').exists():
+            raise Refusal(f'{out} has lost its checkpoints, and best.pt cannot be continued; choose another '
+                          '--out_dir, or delete it all with --overwrite=True')
+        print(f'nothing to resume in {out}: starting at step 0', flush=True)
+    elif not cfg.resume and any(out.iterdir()):
+        if not (out / 'config.json').exists() and not found:
+            raise Refusal(f'{out} is not empty and holds no run, so nothing in it is touched; choose another --out_dir')
+        if not cfg.overwrite:
+            raise Refusal(f'{out} is not empty; add --resume=True to continue the run in it, --overwrite=True to '
+                          'delete that run, or choose another --out_dir')
+        for path in [path for pattern in RUN_FILES for path in out.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def start_files(cfg, step, **more):
@@ -318,24 +276,25 @@ def start_files(cfg, step, **more):
 
 def finish(cfg, machine, stop, step, done, seconds, hint=''):
     """The last lines of a run whose state is saved: a picture if it is done, the exit code if a signal has ended it."""
-    signals = machine.sum(stop.flags())  # one may have come since the loop last looked
-    if any(signals) or not done:
+    number = max(machine.gather(stop.number))  # of a signal that may have come since the loop last looked
+    if number or not done:
         machine.print(f'stopped after step {step}, saved {cfg.out_dir}; continue with --resume=True '
                       f'--out_dir={cfg.out_dir}')
-    if any(signals):
-        sys.exit(128 + next(number for number, came in zip(STOP_SIGNALS, signals) if came))
+    if number:
+        sys.exit(128 + number)
     if machine.rank == 0 and done:
         try:
             import plot  # optional: it needs matplotlib
             picture = plot.plot([cfg.out_dir])
-        except Refusal as error:
-            picture = f'no picture ({error})'  # a missing matplotlib is no reason to fail a finished run
-        print(f'{seconds:.0f} s, peak memory {peak_memory(machine) / 2 ** 20:,.0f} MiB\n'
-              f'saved {cfg.out_dir} and {picture}{hint}', flush=True)
+        except (Refusal, ImportError) as error:
+            picture = f'no picture ({error})'
+        if machine.device.type == 'cuda':
+            print(f'peak memory {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MiB')
+        print(f'{seconds:.0f} s\nsaved {cfg.out_dir} and {picture}{hint}', flush=True)
 
 
 def example_prompt(data):
-    """A short prompt of the data, quoted for a shell: every command that is printed works as printed."""
+    """A short prompt of the data, quoted for a shell."""
     groups, encoding = data.groups('val'), prepare_shp.encoding(data.meta['encoding'])
     prompts = [groups.piece(p) for p in groups.prompts[:100]] or [data.documents('train').tokens[:20]]
     text = encoding.decode(min(prompts, key=len).tolist()).removesuffix(prepare_shp.SEPARATOR)
@@ -375,17 +334,6 @@ def check_resume(state, now):
     return f'changed: {", ".join(changed)}' if changed else 'exact'
 
 
-@contextlib.contextmanager
-def restoring(cfg):
-    """A checkpoint of another version is refused before anything is written."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise Refusal(f'cannot resume: the checkpoint in {cfg.out_dir} does not fit this version of the program '
-                      f'({type(error).__name__}: {first_line(error)}); use the version that made it, or choose another '
-                      '--out_dir') from error
-
-
 # Metrics -------------------------------------------------------------------------------------------------------------
 
 
@@ -393,161 +341,131 @@ class Metrics:
     """out_dir/<name>: a JSON line an event, in the order of steps; a resume first cuts what it will write again."""
 
     def __init__(self, cfg, machine, step, name='metrics.jsonl'):
-        self.path, self.rank = Path(cfg.out_dir) / name, machine.rank
-        machine.on_rank_0(lambda: write_whole(self.path, ''.join(self.lines_before(step))))
-        self.viewers = []
+        self.path, self.rank, self.viewers = Path(cfg.out_dir) / name, machine.rank, []
+
+        def cut():  # an evaluation follows its checkpoint, so the one of this very step is made again
+            kept = [json.dumps(event) + '\n' for event in read_events(self.path)
+                    if event['step'] < step or event['step'] == step and event['event'] == 'train']
+            write_whole(self.path, ''.join(kept))
+
+        machine.on_rank_0(cut)
         if machine.rank == 0 and name == 'metrics.jsonl' and (cfg.tensorboard or cfg.wandb):
             from extras.viewers import viewers
             self.viewers = viewers(cfg, step)
 
-    def lines_before(self, step):
-        for line, event in read_events(self.path):
-            # an evaluation follows its checkpoint, so the one of this very step is made again
-            if event['step'] < step or event['step'] == step and event['event'] == 'train':
-                yield line + '\n'
-
     def write(self, event, **values):
         if self.rank == 0:
-            try:
-                with open(self.path, 'a') as f:
-                    f.write(json.dumps(dict(event=event, **values)) + '\n')
-            except OSError as error:
-                raise unwritten(self.path, error) from None
+            with open(self.path, 'a') as f:
+                f.write(json.dumps(dict(event=event, **values)) + '\n')
             for show in self.viewers:
                 show(event, values)
 
 
 def read_events(path):
-    """Each line of a metrics.jsonl that can be read, and its event; none where there is no file.
-
-    A damaged line is left out with a warning; the last line, which may have been cut by a kill, without one.
-    """
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    """The events of a metrics.jsonl, [] where there is none; without lines that are damaged, or cut by a kill."""
+    events, lines = [], path.read_bytes().splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            line = line.decode()
-            event = json.loads(line)
-            if not isinstance(event['step'], (int, float)) or not isinstance(event['event'], str):
-                raise TypeError
-        except (ValueError, TypeError, LookupError, RecursionError):
+            events.append(json.loads(line))
+        except ValueError:
             if number < len(lines):
                 print(f'warning: line {number} of {path} is damaged and left out', flush=True)
-            continue
-        yield line, event
+    return events
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
-
-
-def unwritten(path, error):
-    return Refusal(f'{path} could not be written ({first_line(error)}); is the disk full, or its folder missing?')
 
 
 def first_line(error):
     return str(error).partition('\n')[0]
 
 
-def write_whole(path, text):
-    """Text to a file, all or nothing."""
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:
-        with open(temporary, 'w') as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise unwritten(path, error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(out_dir, state, name=None, keep=2):
-    """Writes `state` (tensors and primitives, with 'step') to out_dir/name, default ckpt_{step:08d}.pt, all or nothing.
-
-    A temporary file in the same folder is written, synced, checked and renamed: a kill at any moment leaves the old
-    files whole. Of the numbered checkpoints the last `keep` stay. Returns the path.
-    """
-    out_dir = Path(out_dir)
-    path = out_dir / (name or f'ckpt_{state["step"]:08d}.pt')
-    temporary = path.with_suffix(f'.tmp-{os.getpid()}')
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write, which becomes `path` when it is whole: a kill at any moment leaves the old one."""
+    temporary = path.with_name('.tmp' + path.suffix)  # that of a killed process is written over
     try:
         with open(temporary, 'wb') as f:
-            torch.save(state, f)
+            yield f
             f.flush()
             os.fsync(f.fileno())
-        if problem := _damage(temporary):
-            raise Refusal(f'{temporary} was not written correctly ({problem}); is the disk sound?')
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # the latter is torch's for a write that failed
-        raise unwritten(path, error) from None
+        raise Refusal(f'{path} could not be written ({first_line(error)}); is the disk full, or its folder '
+                      'missing?') from None
     finally:
-        for rest in out_dir.glob('*.tmp-*'):  # of this save, if it failed, and of one that was killed
-            rest.unlink()
-    folder = os.open(out_dir, os.O_RDONLY)
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the rename too must survive a power cut
     os.close(folder)
-    for old in checkpoints(out_dir)[:-keep]:
+
+
+def write_whole(path, text):
+    with replacing(path) as f:
+        f.write(text.encode())
+
+
+def save_checkpoint(out_dir, state, name=None):
+    """Writes `state` (tensors and primitives, with 'step') to out_dir/name, default ckpt_{step:08d}.pt; -> the path.
+
+    Of the numbered checkpoints the last two stay.
+    """
+    path = Path(out_dir) / (name or f'ckpt_{state["step"]:08d}.pt')
+    with replacing(path) as f:
+        torch.save(state, f)
+        f.flush()
+        check_sums(f.name)
+    for old in checkpoints(out_dir)[:-2]:
         old.unlink()
     return path
 
 
 def checkpoints(folder):
     """The numbered checkpoints in `folder`, oldest first; a copy under another name is none of them."""
-    return sorted(path for path in Path(folder).glob('ckpt_*.pt') if path.stem.removeprefix('ckpt_').isdigit())
+    return sorted(Path(folder).glob(f'ckpt_{"[0-9]" * 8}.pt'))
 
 
-def load_checkpoint(where, name=None):
+def load_checkpoint(where, name=None, make=''):
     """The state in the file `where`, or in the folder `where`: its latest valid ckpt_*.pt, or the file `name` in it.
 
     Only tensors and primitives are read (weights_only), onto the CPU. A damaged checkpoint is passed over with a
-    warning. Refuses where there is none, or none that is valid.
+    warning. Refuses where there is none that is valid. make: a command that makes one, if no config of that name does.
     """
     where = Path(where)
     paths = [where] if where.is_file() else [where / name] if name else checkpoints(where)[::-1]
     if not paths or not paths[0].exists():
         config = Path(f'config/{where.name}.py')
-        hint = f'make one with: python {header(config)[1]} {config}' if config.is_file() else 'name the folder of a run'
-        raise Refusal(f'there is no checkpoint {name or "ckpt_*.pt"} in {where}; {hint}')
+        make = f'python {header(config)[1]} {config}' if config.is_file() else make
+        raise Refusal(f'there is no checkpoint {name or "ckpt_*.pt"} in {where}; '
+                      + (f'make one with: {make}' if make else 'name the folder of a run'))
     for path in paths:
-        problem = _damage(path)
-        if not problem:
-            try:
-                state = torch.load(path, map_location='cpu', weights_only=True)
-                if isinstance(state, dict) and 'step' in state:
-                    return state
-                problem = 'it was not made by this program'
-            except Exception as error:  # whatever the unpickler makes of it, the file is of no use
-                problem = f'{type(error).__name__}: {first_line(error)}'
-        print(f'warning: {path} is damaged ({problem}); it is not used', flush=True)
+        try:
+            check_sums(path)
+            return torch.load(path, map_location='cpu', weights_only=True)
+        except Exception as error:  # zipfile and the unpickler have many kinds for what a flipped bit can do
+            print(f'warning: {path} is damaged ({type(error).__name__}: {first_line(error)}); it is not used',
+                  flush=True)
     raise Refusal(f'there is no valid checkpoint in {where}; use another one, or train it again with --overwrite=True')
 
 
-def _damage(path):
-    """What is wrong with the zip archive that torch.save made, or '': torch.load itself checks no CRC."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-            return f'wrong checksum of {bad}' if bad else ''
-    except Exception as error:  # zipfile has half a dozen kinds for what a flipped bit can do
-        return f'{type(error).__name__}: {error}'
+def check_sums(path):
+    """Raises where the zip archive that torch.save made is damaged: torch.load itself checks no CRC."""
+    with zipfile.ZipFile(path) as archive:
+        if bad := archive.testzip():
+            raise OSError(f'wrong checksum of {bad}')
 
 
 # Other runs ----------------------------------------------------------------------------------------------------------
 
 
-def load_weights(where, which='best'):
-    """The checkpoint of a finished or stopped run: which = 'best', or the 'last' one.
+def load_weights(where, which='best', make=''):
+    """The checkpoint of a finished or stopped run: which = 'best', or the 'last' one. Prints which it is.
 
-    The best is one that was evaluated after an update; a run that has none yet gives its last. Prints which it is.
+    The best is one that was evaluated after an update; a run that has none yet gives its last.
     """
-    where, state = Path(where), None
-    if which == 'best' and (where / 'best.pt').exists():
-        state = load_checkpoint(where, 'best.pt')
-    if state is None or state['step'] == 0 and checkpoints(where):  # earlier versions wrote a best.pt of step 0
-        state, which = load_checkpoint(where), 'last'
-    if not {'config', 'encoding', 'model_config'} <= state.keys():
-        raise Refusal(f'{where} is no checkpoint of a run; name the folder of a run')
+    if not (Path(where) / 'best.pt').exists():
+        which = 'last'
+    state = load_checkpoint(where, 'best.pt' if which == 'best' else None, make)
     if os.environ.get('RANK', '0') == '0':
         print(f'{where}: {which} checkpoint, step {state["step"]}', flush=True)
     return state
@@ -555,24 +473,17 @@ def load_weights(where, which='best'):
 
 def load_run(cfg, option, encoding):
     """`load_weights` of the run that cfg.<option> names. Refuses where there is none, with a command that makes it."""
-    folder = getattr(cfg, option)
-    where = Path(folder or f'out/{option}')
-    if where.is_file() or (where / 'best.pt').exists() or checkpoints(where):
-        state = load_weights(where)
-        if state['encoding'] != encoding.name or state['model_config']['vocab_size'] != encoding.n_vocab:
-            raise Refusal(f"{option}={folder} was trained on {state['encoding']} tokens, and the data are in "
-                          f'{encoding.name}; train it on data of the same --encoding')
-        return state
-    config = Path(f'config/{where.name}.py')
-    if config.is_file():
-        command = f'python {header(config)[1]} {config}'
-    else:
-        options = [f'--out_dir={where}', f'--dataset={cfg.dataset}' if cfg.dataset else f'--source={cfg.source}']
-        if option == 'reward_model':
-            options += ['--method=reward', f'--init_from={cfg.init_from}', f'--max_new_tokens={cfg.max_new_tokens}']
-        command = ' '.join(['python', 'preference.py' if option == 'reward_model' else 'train.py', *options])
-    raise Refusal(f'{option}={folder or repr("")} holds no checkpoint; make one with: {command}, or name the folder of '
-                  f'another run with --{option}=DIR')
+    where = Path(getattr(cfg, option) or f'out/{option}')
+    options = [f'--out_dir={where}', f'--dataset={cfg.dataset}' if cfg.dataset else f'--source={cfg.source}']
+    make = f'python train.py {" ".join(options)}'
+    if option == 'reward_model':
+        options += ['--method=reward', f'--init_from={cfg.init_from}', f'--max_new_tokens={cfg.max_new_tokens}']
+        make = f'python preference.py {" ".join(options)}'
+    state = load_weights(where, make=f'{make}, and name it: --{option}={where}')
+    if state['encoding'] != encoding.name:
+        raise Refusal(f"{option}={where} was trained on {state['encoding']} tokens, and the data are in "
+                      f'{encoding.name}; train it on data of the same --encoding')
+    return state
 
 
 def open_start(cfg, encoding):
@@ -594,10 +505,10 @@ def open_start(cfg, encoding):
 
 def is_hugging_face(name):
     """Whether it names a GPT-2 on the Hub, or a folder with a config.json as transformers writes it."""
-    try:
-        return bool({'architectures', 'model_type'} & json.loads((Path(name) / 'config.json').read_text()).keys())
-    except (OSError, ValueError, AttributeError):
-        return name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') and not Path(name).exists()
+    config = Path(name) / 'config.json'
+    if config.is_file():
+        return '"model_type"' in config.read_text()
+    return name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') and not Path(name).exists()
 
 
 def crop(state, block_size, name):

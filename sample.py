@@ -43,21 +43,7 @@ class Config(Options):
                    '--export_hf=DIR, one of the three')
 
 
-def read_prompts(cfg):
-    """The posts to answer: `prompt`, or the lines of `prompt_file`. Raises Refusal where there are none."""
-    if cfg.prompt:
-        return [cfg.prompt]
-    try:
-        prompts = [line for line in Path(cfg.prompt_file).read_text(encoding='utf-8-sig').split('\n') if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f'cannot read prompt_file {cfg.prompt_file}: {error}') from None
-    if not prompts:
-        raise Refusal(f'prompt_file {cfg.prompt_file} holds no post; write one a line')
-    return prompts
-
-
 def main(cfg):
-    prompts = [] if cfg.export_hf else read_prompts(cfg)
     state = load_weights(cfg.out_dir, cfg.checkpoint)
     if cfg.export_hf:
         from extras import huggingface
@@ -76,6 +62,9 @@ def main(cfg):
     if cfg.link:
         print(f'sampling from link_{order}(p)')
     encoding = prepare_shp.encoding(state['encoding'])
+    prompts = [cfg.prompt]
+    if cfg.prompt_file:
+        prompts = filter(str.strip, Path(cfg.prompt_file).read_text(encoding='utf-8-sig').split('\n'))
     transform = (lambda log_p: taylor_link(log_p, order)) if cfg.link else None
     generator = torch.Generator().manual_seed(cfg.seed)
     block_size = model.config.block_size

@@ -22,8 +22,8 @@ from losses import (ECE_BINS, calibration_gaps, cross_fitted, fitted_scale, line
                     rows_with_targets, slope_of, taylor_link, taylor_loss, token_statistics)
 from model import GPT, GPTConfig
 from runs import (Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, decay_groups, describe,
-                  example_prompt, finish, load_checkpoint, lr_factor, matmul_peak, open_run, open_start, restoring,
-                  run_notes, save_checkpoint, seed_everything, setup, start_files)
+                  example_prompt, finish, load_checkpoint, lr_factor, matmul_peak, open_run, open_start, run_notes,
+                  save_checkpoint, seed_everything, setup, start_files)
 
 SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'tie_weights'  # of a model, beside block_size and dropout
 
@@ -158,13 +158,12 @@ def main(cfg, loss_of=None):
     step, tokens, seconds, best, saved_step = 0, 0, 0.0, math.inf, None
     with open_run(cfg, machine) as state, StopSignal() as stop:
         if state is not None:
-            with restoring(cfg):
-                machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
-                model.load_state_dict(state['model'])
-                updates.load_state_dict(state)
-                step, tokens, seconds, best = (state[name] for name in ('step', 'tokens', 'seconds', 'best'))
-                saved_step = step or None                     # of step 0 there is no checkpoint yet
-            del state                                         # a second copy of the optimizer
+            machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
+            model.load_state_dict(state['model'])
+            updates.load_state_dict(state)
+            step, tokens, seconds, best = (state[name] for name in ('step', 'tokens', 'seconds', 'best'))
+            saved_step = step or None                         # of step 0 there is no checkpoint yet
+            state.clear()                                     # a second copy of the optimizer
         machine.on_rank_0(lambda: start_files(cfg, step, loss=loss_name(loss_of)))
         metrics, start_time = Metrics(cfg, machine, step), time.perf_counter() - seconds
 
@@ -202,8 +201,8 @@ def main(cfg, loss_of=None):
                 break
 
             x, y = prepare_shp.lm_batch(documents, cfg.cut, cfg.block_size, cfg.seed, step, cfg.batch_size, rows)
-            count, *signals = machine.sum([int((y >= 0).sum()), *stop.flags()])  # targets of the step, over all ranks
-            if any(signals):
+            count, stopped = machine.sum([int((y >= 0).sum()), stop.number])  # targets of the step, over all ranks
+            if stopped:
                 break
             seed_everything(cfg.seed, step + 1, machine.rank)
             log_ps = []

@@ -319,8 +319,8 @@ def model_card(state, out_dir, name, encoding):
         (not shape.bias, 'It was trained without biases; those of GPT-2 are 0 here.'),
         ('critic' in state, "The value function is in `critic/`, for from_pretrained(..., subfolder='critic'): "
                             'h @ weight[0] + offset, with both from its scalar_head.safetensors.')) if applies]
-    events = [event for _, event in read_events(Path(out_dir) / 'metrics.jsonl')]
-    evaluations = [event for event in events if event['event'] == 'eval' and event['step'] <= state['step']]
+    evaluations = [event for event in read_events(Path(out_dir) / 'metrics.jsonl')
+                   if event['event'] == 'eval' and event['step'] <= state['step']]
     return f"""---
 library_name: transformers
 pipeline_tag: {task}

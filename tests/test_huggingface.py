@@ -280,7 +280,7 @@ def swapped_tokens(out):
     (with_weights(lambda w: w[FC].fill_(math.nan)), f'{FC} holds numbers that are not finite'),
     (with_file('model.safetensors', 'junk'), 'model.safetensors cannot be read'),
     (with_file('model.safetensors.index.json', '{"weight_map": {"a": "b.safetensors"}}'), 'b.safetensors cannot be '),
-    (lambda out: (out / 'config.json').write_text('{'), 'holds no checkpoint'),
+    (lambda out: (out / 'config.json').write_text('{'), 'there is no checkpoint'),
     (swapped_tokens, "the tokenizer in .* is not the data's, bytes: 'a' is not its token 97")])
 def test_what_is_no_start_is_refused_by_name(tmp_path, change, words):
     out = exported(tmp_path / 'out')

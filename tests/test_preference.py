@@ -275,9 +275,6 @@ def test_generator_reference_and_template_are_one_and_the_same(tmp_path):
     assert 0 < ended < batch['answer_length'].numel()
     hashes = method.lab.selves.hashes
     assert list(hashes.values()) == [answers.weights_hash(model.state_dict()) for model in selves.values()]
-    hashes[1] = hashes[0]
-    with pytest.raises(Refusal, match='0001.pt is not the pi_1 of this run'):
-        method.lab.selves.model(1, 'cpu')
 
 
 @pytest.mark.parametrize('options, expected', [
@@ -565,7 +562,7 @@ def altered(name, source, **changes):
 
 
 @pytest.mark.parametrize('changes, words', [
-    (dict(init_from='out/toy_start'), 'init_from=out/toy_start holds no checkpoint; make one with: python train.py'),
+    (dict(init_from='out/toy_start'), 'no checkpoint ckpt_[*].pt in out/toy_start; make one with: python train.py'),
     (dict(init_from='reward'), 'init_from=reward is a reward model and has no policy'),
     (dict(init_from=dict(source='start', encoding=lambda _: 'gpt2')), 'trained on gpt2 tokens'),
     (dict(method='ppo', reward_model='start'), 'reward_model=start is no reward model'),

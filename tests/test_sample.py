@@ -56,7 +56,3 @@ def test_prompt_files(capsys, run, tmp_path):
     out = printed(capsys, run, prompt='', prompt_file=str(file))
     assert '\nOne?\nA:\n' in out and '\ufeff' not in out and out.count('\nA:\n') == 2
     assert 'give a post' in ''.join(sample.Config(out_dir=run).check())
-    for content, sentence in ((b'\n \n', 'holds no post'), (b'\xff\xfe', 'cannot read')):
-        file.write_bytes(content)
-        with pytest.raises(Refusal, match=sentence):
-            printed(capsys, run, prompt='', prompt_file=str(file))
