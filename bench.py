@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import prepare_shp
 from answers import Lab, make_batch
 from configurator import Options, Refusal, run
-from losses import linear_loss, plackett_luce_loss, rows_with_targets, taylor_loss
+from losses import linear_loss, plackett_luce_loss, rows_with_targets, taylor_loss, to_device
 from model import GPT, GPTConfig
 from preference import DPO, accumulate
 from preference import Config as PreferenceConfig
@@ -157,7 +157,7 @@ def step(cfg, machine, n_embd):
             x, y = batch()
             count = int((y >= 0).sum())
             with machine._replace(dtype=dtype).autocast():
-                hidden, targets = rows_with_targets(forward(x.to(machine.device, non_blocking=True)), y)
+                hidden, targets = rows_with_targets(forward(to_device(x, machine.device)), y)
                 loss, log_p = linear_loss(hidden, gpt.lm_head.weight, targets, T_2, VOCABULARY)
             updates.backward(loss / count)
             updates.clip_and_step(1, None)

@@ -273,8 +273,13 @@ def rows_with_targets(hidden, targets):
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     rows = (targets >= 0).nonzero()[:, 0]
     if len(rows) < len(targets):
-        hidden, targets = hidden.index_select(0, rows.to(hidden.device)), targets[rows]
-    return hidden, targets.to(hidden.device)
+        hidden, targets = hidden.index_select(0, to_device(rows, hidden.device)), targets[rows]
+    return hidden, to_device(targets, hidden.device)
+
+
+def to_device(x, device):
+    """x on the CPU -> on the device, by way of pinned memory, so that the host does not wait until a GPU is ready."""
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else x.to(device)
 
 
 def _head_options(hidden, weight, targets, vocab_size):
