@@ -18,7 +18,7 @@ decoders = weakref.WeakKeyDictionary()  # model -> its latest Decoder, with its 
 
 
 def decode(model, prompts, cache, hidden, uniform, max_new_tokens, temperature, top_k, eot):
-    """The rest of GPT.generate once the prompts are read: their cache, hidden (B, C) of their last tokens -> answers."""
+    """The rest of GPT.generate once the prompts are read: their cache, hidden (B, C) of the last tokens -> answers."""
     answers, rows = [[] for _ in prompts], list(range(len(prompts)))
     batch, length = 1 << (len(rows) - 1).bit_length(), cache.k.shape[3]
     length = min(-(-length // 64) * 64, model.config.block_size)

@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of extras/kernels.py on Hopper, without a GPU: pip install triton, then run it."""
+"""Registers, spills and shared memory of extras/kernels.py on Hopper. No GPU is needed: pip install triton, run it."""
 import re
 import subprocess
 import sys
