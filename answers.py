@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import prepare_shp
 from configurator import progress
-from losses import linear_token_log_prob, taylor_loss
+from losses import linear_token_log_prob, taylor_loss, to_device
 from model import GPT, GPTConfig, ScalarHead
 from runs import Machine, RunConfig, StopSignal, load_checkpoint, save_checkpoint
 
@@ -136,6 +136,7 @@ class Rows(NamedTuple):
     place: torch.Tensor      # (M,): where in the flattened rows each answer token is predicted
     owner: torch.Tensor      # (M,): which of the G * K answers it belongs to
     end: torch.Tensor        # (G, K): where in the flattened rows an answer's last token stands
+    writers: set             # who wrote the answers, known on the host
     batch: dict              # on the device, too
 
     def per_answer(self, x):
@@ -162,18 +163,20 @@ def pack(batch, device='cpu'):
             idx += [last, *answer]
             positions += range(P, P + len(answer) + 1)
             text += [k] * (len(answer) + 1)
-    idx, positions, text = (pad_sequence([torch.tensor(x) for x in column], batch_first=True, padding_value=fill)
-                            for column, fill in zip(zip(*rows), (0, 0, -1)))
+    idx, positions, text = (
+        to_device(pad_sequence([torch.tensor(x) for x in column], batch_first=True, padding_value=fill), device)
+        for column, fill in zip(zip(*rows), (0, 0, -1)))
     T = idx.shape[1]
-    mask = torch.ones(T, T, dtype=torch.bool).tril() & ((text[:, :, None] == text[:, None]) | (text[:, None] == 0))
+    mask = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    mask = mask & ((text[:, :, None] == text[:, None]) | (text[:, None] == 0))
     row, start, length, owner = torch.tensor(spans).T
     start = row * T + start  # in the flattened rows: where the first token of an answer is predicted
     place = torch.cat([torch.arange(a, a + n) for a, n in zip(start.tolist(), length.tolist())])
     end = torch.zeros_like(batch['answer_length'])
     end[batch['answer_length'] > 0] = start + length
-    packed = idx, positions, mask[:, None], place, owner.repeat_interleave(length), end
-    return Rows(*(x.to(device, non_blocking=True) for x in packed),
-                {name: x.to(device, non_blocking=True) for name, x in batch.items()})
+    place, owner, end = (to_device(x, device) for x in (place, owner.repeat_interleave(length), end))
+    return Rows(idx, positions, mask[:, None], place, owner, end, set(batch['generator'].flatten().tolist()),
+                {name: to_device(x, device) for name, x in batch.items()})
 
 
 def micro_batches(lab, batch, rows=None):

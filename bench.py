@@ -6,7 +6,8 @@
 
 The contenders of a table take turns, `repeats` times after a warm-up. `times` is the median over rounds of the first
 contender's seconds divided by this one's: a shared machine changes milliseconds more than ratios. `MiB` is the peak
-memory beyond the part's inputs, each contender in a process of its own, with its weights and what torch.compile holds.
+memory beyond the part's inputs, with weights and what torch.compile holds; on a CPU in a process of its own.
+`MFU` is of a training step: its FLOPs over those that a large product makes in that time, in bfloat16 or in float32.
 results/speed has figures, and says how they were measured.
 """
 import gc
@@ -20,6 +21,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,9 +31,9 @@ import torch.nn.functional as F
 import prepare_shp
 from answers import Lab, make_batch
 from configurator import Options, Refusal, run
-from losses import linear_loss, plackett_luce_loss, rows_with_targets, taylor_loss
-from model import GPT, GPTConfig
-from preference import DPO, accumulate
+from losses import linear_loss, plackett_luce_loss, rows_with_targets, taylor_loss, to_device
+from model import GPT, GPTConfig, ScalarHead
+from preference import METHODS, accumulate, step_rows
 from preference import Config as PreferenceConfig
 from runs import DEVICES, Updates, decay_groups, matmul_peak, setup, synchronize, write_whole
 from train import Config as TrainConfig
@@ -50,9 +53,11 @@ class Config(Options):
     block_size: int = 256                 # tokens of each
     answers: tuple[int, ...] = (2, 4, 8)  # answers to a prompt in a preference step
     groups: int = 1                       # prompts of a preference step
+    shape: tuple[int, ...] = (6, 6, 384)  # layers, heads and channels of the model of preference and iteration
+    methods: tuple[str, ...] = ('spin', 'ppo')  # whose iterations are timed
     prompts: tuple[int, ...] = (1, 8, 32)  # prompts that generate continues at a time
     repeats: int = 5                      # rounds
-    memory: bool = True                   # measure memory too (Linux or CUDA), which doubles the time
+    memory: bool = True                   # measure memory on a CPU too (Linux), which doubles the time
     device: str = 'auto'                  # cpu, cuda or mps; auto = the best available
     out_dir: str = 'out/bench'            # folder of bench.jsonl
 
@@ -76,7 +81,8 @@ def head(cfg, machine, n_embd, rows=4096, vocabulary=VOCABULARY):
     targets = torch.randint(vocabulary, (rows,), device=machine.device)
 
     def layer(loss, dtype, compile=False, chunks=False):
-        loss = torch.compile(loss, dynamic=False, options={'auto_chunker.enable': chunks}) if compile else loss
+        options = {'auto_chunker.enable': True} if chunks else None
+        loss = torch.compile(loss, dynamic=False, options=options) if compile else loss
         h, w = (x.clone().requires_grad_() for x in (hidden, weight))
 
         def call():
@@ -98,9 +104,8 @@ def head(cfg, machine, n_embd, rows=4096, vocabulary=VOCABULARY):
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(256, n_embd), acc_policy=policy)
         return F.linear_cross_entropy(h.to(BF16), w.to(BF16), targets, options=options)
 
-    def ligers(h, w):  # liger_kernel 0.8.4 or later; its own default makes chunks of 8 rows at 64 channels
+    def ligers(h, w, size):  # liger_kernel 0.8.4 or later; its own default makes chunks of 8 rows at 64 channels
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-        size = max(16, 4096 // n_embd)
         return liger_fused_linear_cross_entropy(h.to(BF16), w.to(BF16), targets, chunk_mem_const=size)
 
     def ours(h, w):
@@ -121,12 +126,18 @@ def head(cfg, machine, n_embd, rows=4096, vocabulary=VOCABULARY):
         'F.linear + F.cross_entropy, float32': lambda: layer(cross_entropy, F32),
         'naive T_2, float32': lambda: layer(naive_t2, F32),
         'F.linear + F.cross_entropy, compiled, bfloat16': lambda: layer(cross_entropy, BF16, True),
-        'the same, in chunks of torch.compile': lambda: layer(cross_entropy, BF16, True, True),
-        'naive T_2, compiled, bfloat16': lambda: layer(naive_t2, BF16, True),
-        'F.linear_cross_entropy, accurate, bfloat16': lambda: layer(partial(torchs_own, policy='accurate'), F32),
-        'F.linear_cross_entropy, compact, bfloat16': lambda: layer(partial(torchs_own, policy='compact'), F32)}
+        'naive T_2, compiled, bfloat16': lambda: layer(naive_t2, BF16, True)}
+    if hasattr(F, 'linear_cross_entropy'):
+        contenders |= {
+            'the same, in chunks of torch.compile': lambda: layer(cross_entropy, BF16, True, True),
+            'F.linear_cross_entropy, accurate, bfloat16': lambda: layer(partial(torchs_own, policy='accurate'), F32),
+            'F.linear_cross_entropy, compact, bfloat16': lambda: layer(partial(torchs_own, policy='compact'), F32)}
     if machine.device.type == 'cuda' and find_spec('liger_kernel'):
-        contenders["Liger's fused head, bfloat16"] = lambda: layer(ligers, F32)
+        contenders |= {f"Liger's fused head, chunk_mem_const={size}, bfloat16":
+                       partial(layer, partial(ligers, size=size), F32) for size in (64, 16)}
+    if machine.device.type == 'cuda' and find_spec('cut_cross_entropy'):
+        from cut_cross_entropy import linear_cross_entropy as apples
+        contenders["Apple's head, bfloat16"] = partial(layer, lambda h, w: apples(h.to(BF16), w.to(BF16), targets), F32)
     return contenders | {'linear_loss T_2, float32': lambda: layer(ours, F32),
                          'linear_loss T_2, bfloat16': lambda: layer(ours, BF16),
                          'floor: three matrix products, bfloat16': floor}
@@ -157,7 +168,7 @@ def step(cfg, machine, n_embd):
             x, y = batch()
             count = int((y >= 0).sum())
             with machine._replace(dtype=dtype).autocast():
-                hidden, targets = rows_with_targets(forward(x.to(machine.device, non_blocking=True)), y)
+                hidden, targets = rows_with_targets(forward(to_device(x, machine.device)), y)
                 loss, log_p = linear_loss(hidden, gpt.lm_head.weight, targets, T_2, VOCABULARY)
             updates.backward(loss / count)
             updates.clip_and_step(1, None)
@@ -173,8 +184,8 @@ def step(cfg, machine, n_embd):
 
 
 def preference(cfg, machine, K, prompt=256, answer=64):
-    """A whole step of Plackett-Luce DPO, prompts of 256 tokens, answers of 64, 6 layers x 384."""
-    G, config = cfg.groups, GPTConfig(VOCABULARY, prompt + answer, 6, 6, 384)
+    """A whole step of Plackett-Luce DPO, prompts of 256 tokens, answers of 64."""
+    G, config = cfg.groups, GPTConfig(VOCABULARY, prompt + answer, *cfg.shape)
     prompts, answers = torch.randint(VOCABULARY, (G, prompt)), torch.randint(VOCABULARY, (G, K, answer))
     texts = torch.cat([prompts[:, None].expand(G, K, prompt), answers], 2).flatten(0, 1)
     batch = make_batch([prepare_shp.Group(g, '', prompts[g].tolist(), answers[g].tolist()) for g in range(G)])
@@ -196,7 +207,7 @@ def preference(cfg, machine, K, prompt=256, answer=64):
         lab = Lab(PreferenceConfig(warmup_iters=0, learning_rate=1e-3, weight_decay=0.01),
                   machine._replace(dtype=dtype), None, {}, prompt + answer, None,
                   dict(model=weights, model_config=asdict(config)), None)
-        method = DPO(lab)
+        method = METHODS['dpo'](lab)
         gpt = method.trained['model'].to(machine.device)
         method.wrapped = dict(model=torch.compile(gpt, dynamic=True) if compile else gpt)
         updates = make_updates(gpt, lab.cfg, machine)
@@ -214,6 +225,43 @@ def preference(cfg, machine, K, prompt=256, answer=64):
             'preference.py, float32': lambda: packed(F32),
             'preference.py, bfloat16': lambda: packed(BF16),
             'preference.py, compiled, bfloat16': lambda: packed(BF16, True)}
+
+
+def iteration(cfg, machine, name, prompt=256, answer=64, steps=4):
+    """A whole iteration of preference.py: answers of 64 tokens are sampled and scored, then come 4 updates."""
+    n, config = steps * cfg.groups, GPTConfig(VOCABULARY, prompt + answer, *cfg.shape)
+    offsets = np.cumsum([0] + [prompt, answer, answer] * n)
+    pieces = np.arange(3 * n).reshape(n, 3)
+    tokens = np.random.default_rng(0).integers(VOCABULARY - 1, size=offsets[-1]).astype(np.uint16)
+    groups = prepare_shp.Groups(tokens, offsets, pieces[:, 0], pieces[:, 1:].flatten(), 2 * np.arange(n + 1),
+                                np.zeros(2 * n), np.full(n, ''))
+
+    def make(dtype):
+        options = PreferenceConfig(method=name, groups_per_step=cfg.groups, max_new_tokens=answer, learning_rate=1e-2)
+        start = dict(model=GPT(config).state_dict(), model_config=asdict(config))
+        nothing = SimpleNamespace(eot_token=-1, number=0, flags=list, note=lambda *args, **more: None)
+        lab = Lab(options, machine._replace(dtype=dtype), nothing, dict(train=groups), prompt + answer, nothing, start,
+                  nothing)  # no encoding, signals and past selves: all answers have full length
+        scorer = ScalarHead(GPT(config)).eval().requires_grad_(False)
+        torch.nn.init.normal_(scorer.head.weight)
+        with patch('preference.frozen_reward_model', return_value=scorer):
+            method = METHODS[name](lab)
+        for module in (*method.trained.values(), *method.frozen.values()):
+            module.to(machine.device)
+        method.wrapped = method.trained
+        updates = make_updates(torch.nn.ModuleList(method.trained.values()), options, machine)
+
+        def call():
+            batch, _ = method.collect(0, 0)
+            for update in range(steps):
+                rows = step_rows(lab, batch, 0, update)
+                counts = dict(tokens=int(batch['answer_length'][rows].sum()), groups=len(rows))
+                stats = accumulate(method, updates, batch, rows, dict(counts, iteration=0, update=update))
+                updates.clip_and_step(1, None)
+            return stats['loss']
+        return call
+
+    return {'preference.py, float32': lambda: make(F32), 'preference.py, bfloat16': lambda: make(BF16)}
 
 
 def plain_step(machine, dtype, gpt, loss_of_a_batch, fused):
@@ -249,27 +297,32 @@ def generate(cfg, machine, batch, prompt=64, new=128):
             idx = torch.cat([idx, torch.multinomial(p, 1)], 1)
         return idx
 
-    def ours(gpt, dtype):
+    def ours(gpt, dtype, on_token=None):
         with machine._replace(dtype=dtype).autocast():
-            return gpt.generate(prompts.tolist(), new)
+            return gpt.generate(prompts.tolist(), new, on_token=on_token)
 
-    def hugging_face(dtype):
+    def hugging_face(dtype, **options):
         from transformers import GPT2Config, GPT2LMHeadModel
         config = GPT2Config(vocab_size=VOCABULARY, n_positions=prompt + new, n_embd=256, n_layer=4, n_head=4)
         theirs = GPT2LMHeadModel(config).to(machine.device, dtype).eval()
         return partial(theirs.generate, prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0,
-                       pad_token_id=0, max_new_tokens=new, min_new_tokens=new)
+                       pad_token_id=0, max_new_tokens=new, min_new_tokens=new, **options)
 
     contenders = {'no cache (nanoGPT-like), float32': lambda: partial(uncached, model())}
     if find_spec('transformers'):
         contenders |= {'Hugging Face GPT-2, float32': lambda: hugging_face(F32),
                        'Hugging Face GPT-2, bfloat16': lambda: hugging_face(BF16)}
+        if machine.device.type == 'cuda':  # it compiles the step there
+            contenders |= {f'Hugging Face GPT-2, static cache, {str(dtype)[6:]}':
+                           partial(hugging_face, dtype, cache_implementation='static') for dtype in (F32, BF16)}
+    if machine.device.type == 'cuda':  # a function that sees each token asks for the loop
+        contenders['GPT.generate, float32, no graph'] = lambda: partial(ours, model(), F32, lambda *_: None)
     return contenders | {'GPT.generate, float32': lambda: partial(ours, model(), F32),
                          'GPT.generate, bfloat16': lambda: partial(ours, model(), BF16)}
 
 
 PARTS = dict(head=(head, 'n_embd'), step=(step, 'n_embd'), preference=(preference, 'answers'),
-             generate=(generate, 'prompts'))  # contenders, the option with their sizes
+             generate=(generate, 'prompts'), iteration=(iteration, 'methods'))  # contenders, option with their sizes
 
 
 # Time and memory ------------------------------------------------------------------------------------------------------
@@ -289,22 +342,27 @@ def take_turns(machine, calls, repeats):
 
 
 def extra_memory(cfg, machine, part, size, name):
-    """MiB that a contender needs at its peak beyond the part's inputs; runs in a process of its own."""
+    """MiB that a contender needs at its peak beyond the part's inputs, on a CPU; runs in a process of its own."""
     torch.manual_seed(0)
     # libraries load their own pages at first use
     step(replace(cfg, batch_size=1, block_size=8), machine, cfg.n_head)['train.py T_2, bfloat16']()()
     contenders = PARTS[part][0](cfg, machine, size)
     gc.collect()
-    on_gpu = machine.device.type == 'cuda'
-    before = torch.cuda.memory_allocated() if on_gpu else status('VmRSS')
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path('/proc/self/clear_refs').write_text('5')
+    before = status('VmRSS')
+    Path('/proc/self/clear_refs').write_text('5')
     call = contenders[name]()
     for _ in range(2):
         call()
-    return ((torch.cuda.max_memory_allocated() if on_gpu else status('VmHWM')) - before) / 2 ** 20
+    return (status('VmHWM') - before) / 2 ** 20
+
+
+def with_memory(make):
+    """A contender on CUDA, and the MiB at its peak beyond what was there before."""
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before, call = torch.cuda.memory_allocated(), make()
+    call(), call()
+    return call, (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
 
 def status(name):
@@ -317,21 +375,27 @@ def in_own_process(function, *args):
         return pool.submit(function, *args).result()
 
 
-def compare(cfg, machine, part, size):
+def compare(cfg, machine, part, size, peaks):
     """One table: prints it, and returns its rows."""
     build, option = PARTS[part]
     torch.manual_seed(0)
     contenders = build(cfg, machine, size)
-    print(f'\n{part}, {option}={size}: {build.__doc__}\n{"":<54}{"median ms":>10}{"min ms":>10}{"times":>8}{"MiB":>9}',
-          flush=True)
-    seconds = take_turns(machine, {name: make() for name, make in contenders.items()}, cfg.repeats)
-    first, rows = next(iter(seconds.values())), []
+    print(f'\n{part}, {option}={size}: {build.__doc__}\n{"":<54}{"median ms":>10}{"min ms":>10}{"times":>8}{"MiB":>9}'
+          f'{"MFU":>6}', flush=True)
+    make_of = with_memory if machine.device.type == 'cuda' else lambda make: (make(), None)
+    made = {name: make_of(make) for name, make in contenders.items()}
+    seconds = take_turns(machine, {name: call for name, (call, _) in made.items()}, cfg.repeats)
+    first, rows, flops = next(iter(seconds.values())), [], 0
+    if part == 'step':
+        gpt = SimpleNamespace(config=GPTConfig(VOCABULARY, cfg.block_size, cfg.n_layer, cfg.n_head, size))
+        flops = cfg.batch_size * cfg.block_size * GPT.flops_per_token(gpt, cfg.block_size)
     for name, times in seconds.items():
-        mib = in_own_process(extra_memory, cfg, machine, part, size, name) if cfg.memory else None
+        mib = in_own_process(extra_memory, cfg, machine, part, size, name) if cfg.memory else made[name][1]
         rows.append(dict(part=part, size=size, name=name, median_ms=1e3 * median(times), min_ms=1e3 * min(times),
-                         times=median(a / b for a, b in zip(first, times)), mib=mib))
-        print('{name:<54}{median_ms:>10.1f}{min_ms:>10.1f}{times:>8.2f}'.format(**rows[-1]) +
-              (f'{mib:>9.0f}' if cfg.memory else ''), flush=True)
+                         times=median(a / b for a, b in zip(first, times)), mib=mib,
+                         mfu=flops / median(times) / peaks['bfloat16' in name]))
+        print('{name:<54}{median_ms:>10.2f}{min_ms:>10.2f}{times:>8.2f}'.format(**rows[-1]) +
+              (' ' * 9 if mib is None else f'{mib:>9.0f}') + (f'{rows[-1]["mfu"]:>6.0%}' if flops else ''), flush=True)
     return rows
 
 
@@ -339,15 +403,16 @@ def main(cfg):
     machine = setup(cfg.device)
     if machine.world_size > 1:
         raise Refusal('bench.py runs in one process; start it with python, not with torchrun')
-    cfg = replace(cfg, memory=cfg.memory and (machine.device.type == 'cuda' or Path('/proc/self/clear_refs').exists()))
-    peaks = [matmul_peak(machine._replace(dtype=dtype)) / 1e9 for dtype in (F32, BF16)]
-    print(f'{torch.get_num_threads()} threads; a large matrix product reaches {peaks[0]:,.0f} GFLOP/s in float32, '
-          f'{peaks[1]:,.0f} in bfloat16')
+    cfg = replace(cfg, memory=cfg.memory and machine.device.type == 'cpu' and Path('/proc/self/clear_refs').exists())
+    peaks = [matmul_peak(machine._replace(dtype=dtype)) for dtype in (F32, BF16)]
+    absent = [rival for rival in ('transformers', 'liger_kernel', 'cut_cross_entropy') if not find_spec(rival)]
+    print(f'{torch.get_num_threads()} threads; a large matrix product reaches {peaks[0] / 1e9:,.0f} GFLOP/s in '
+          f'float32, {peaks[1] / 1e9:,.0f} in bfloat16; absent rivals: {", ".join(absent) or "none"}')
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     rows = []
     for part in cfg.parts:
         for size in getattr(cfg, PARTS[part][1]):
-            rows += compare(cfg, machine, part, size)
+            rows += compare(cfg, machine, part, size, peaks)
             write_whole(Path(cfg.out_dir) / 'bench.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
 
 

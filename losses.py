@@ -5,6 +5,7 @@ Letters: B rows, T tokens, C channels, V vocabulary, N = B * T, G prompts, K ans
 import functools
 import inspect
 import math
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -197,26 +198,41 @@ def _chunks(hidden, w, targets, vocab_size):
 
     All errors are one buffer.
     """
-    size, exact = chunk_rows(len(hidden), *w.shape, w.dtype, w.device.type), _exact(w.dtype)
+    size, error_of = chunk_rows(len(hidden), *w.shape, w.dtype, w.device.type), _error_of(w.device.type)
     buffer = w.new_empty(size, len(w))
     for first in range(0, len(hidden), size):
         rows = slice(first, first + size)
         h, target = hidden[rows].to(w.dtype), targets[rows]
         error = buffer[:len(h)]
-        torch.mm(h, w.T, out=error)
-        error[:, vocab_size:] = -torch.inf
-        torch.softmax(error, 1, out=error)
-        at_target = torch.arange(len(h), device=h.device), target.clamp(min=0)
-        p = error[at_target].to(exact)
-        error[at_target] = 0.0         # not by scatter_, which on a CPU takes longer than the softmax
-        q = error.sum(1)               # 1 - p would lose all digits of q where the model is sure of the target
-        error[at_target] = -q
-        q = q.to(exact)
-        log_p = torch.where(q < 0.5, torch.log1p(-q), p.log())
-        lost = p < torch.finfo(exact).tiny
-        if lost.any():                 # below the smallest number of its dtype: from the logits
-            log_p[lost] = token_log_prob((h[lost] @ w[:vocab_size].T).to(exact), target[lost])
+        log_p = error_of(h, w, target.clamp(min=0), vocab_size, out=error)
         yield rows, h, error, log_p.masked_fill(target < 0, 0.0)
+
+
+@functools.cache
+def _error_of(device):
+    """`plain_error`, or on CUDA the kernel that stands in for it, where there is triton: part of torch on Linux."""
+    if device == 'cuda' and find_spec('triton'):
+        from extras import kernels
+        return kernels.error_of
+    return plain_error
+
+
+def plain_error(h, w, targets, vocab_size, out):
+    """softmax(h @ w.T) - onehot (R, V) into `out`, its padding 0: h (R, C), w (V, C), targets (R,) -> log_p (R,)."""
+    torch.mm(h, w.T, out=out)
+    out[:, vocab_size:] = -torch.inf
+    torch.softmax(out, 1, out=out)
+    exact, at_target = _exact(out.dtype), (torch.arange(len(h), device=h.device), targets)
+    p = out[at_target].to(exact)
+    out[at_target] = 0.0               # not by scatter_, which on a CPU takes longer than the softmax
+    q = out.sum(1)                     # 1 - p would lose all digits of q where the model is sure of the target
+    out[at_target] = -q
+    q = q.to(exact)
+    log_p = torch.where(q < 0.5, torch.log1p(-q), p.log())
+    lost = p < torch.finfo(exact).tiny
+    if lost.any():                     # below the smallest number of its dtype: from the logits
+        log_p[lost] = token_log_prob((h[lost] @ w[:vocab_size].T).to(exact), targets[lost])
+    return log_p
 
 
 class _Gradients:
@@ -237,11 +253,11 @@ class _Gradients:
         if self.weight is None:
             return
         h, first, self.first = (h * slope).to(h.dtype), self.first, False  # the first chunk writes, the others add
-        if h.dtype == self.exact:
-            torch.addmm(self.weight, error.T, h, beta=0.0 if first else 1.0, out=self.weight)
+        if h.dtype == self.exact or h.is_cuda:
+            wider = {} if h.dtype == self.exact else dict(out_dtype=self.exact)
+            torch.addmm(self.weight, error.T, h, beta=0.0 if first else 1.0, out=self.weight, **wider)
             return
-        size = 4096 if h.device.type == 'cpu' else len(w)  # pieces of the vocabulary: added while they are in cache
-        for total, part in zip(self.weight.split(size), error.T.split(size)):
+        for total, part in zip(self.weight.split(4096), error.T.split(4096)):  # added while they are in cache
             total.copy_(part @ h) if first else total.add_(part @ h)
 
 
@@ -257,8 +273,13 @@ def rows_with_targets(hidden, targets):
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     rows = (targets >= 0).nonzero()[:, 0]
     if len(rows) < len(targets):
-        hidden, targets = hidden.index_select(0, rows.to(hidden.device)), targets[rows]
-    return hidden, targets.to(hidden.device)
+        hidden, targets = hidden.index_select(0, to_device(rows, hidden.device)), targets[rows]
+    return hidden, to_device(targets, hidden.device)
+
+
+def to_device(x, device):
+    """x on the CPU -> on the device, by way of pinned memory, so that the host does not wait until a GPU is ready."""
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else x.to(device)
 
 
 def _head_options(hidden, weight, targets, vocab_size):

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+GRAPHED = 'cuda',  # where generate replays a captured step (extras/graphs.py), in place of the loop below
 LOGITS = dict(cpu=2 ** 21, mps=2 ** 24, cuda=2 ** 27)  # at once in an evaluation: few, for the caches of a CPU
 
 
@@ -173,6 +174,11 @@ class GPT(nn.Module):
         rows = list(range(len(prompts)))  # the prompts still running, in the order of the batch
         hidden = self(idx, cache=cache)[torch.arange(len(prompts), device=device), length - 1]
         cache.length = length             # behind it lies padding, which each row's own tokens overwrite
+        if device.type in GRAPHED and transform is on_token is None:
+            from extras import graphs
+            answers = graphs.decode(self, prompts, cache, hidden, uniform, max_new_tokens, temperature, top_k, eot)
+            self.train(was_training)
+            return answers
         for t in range(max_new_tokens):
             logits = self.logits(hidden)
             if transform is not None:

@@ -171,13 +171,13 @@ class Method:
         chance = plackett_luce_loss(torch.zeros_like(score), cfg.rank_order, valid, self.top).sum() / G
         worst = score.gather(1, valid.sum(1, keepdim=True) - 1)
         stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / G)
-        own = rows.batch['generator'] == counts['iteration']
-        if own.any():  # self-play: how well data are told from what pi_t wrote
-            margin = score[:, 0] - score[own]
+        if counts['iteration'] in rows.writers:  # self-play: how well data are told from what pi_t wrote
+            own = rows.batch['generator'] == counts['iteration']
+            margin = score[:, 0] - score.masked_fill(~own, 0.0).sum(1)
             stats |= dict(self_margin=margin.sum() / G, self_square=margin.square().sum() / G)
         if cfg.sft_weight:
-            best = log_p[rows.owner % valid.shape[1] == 0]
-            stats['sft_loss'] = taylor_loss(best, cfg.sft_order).sum() / counts['best_tokens']
+            sft = taylor_loss(log_p, cfg.sft_order).masked_fill(rows.owner % valid.shape[1] != 0, 0.0)
+            stats['sft_loss'] = sft.sum() / counts['best_tokens']
             loss = loss + cfg.sft_weight * stats['sft_loss']
         return loss, stats
 
@@ -186,7 +186,10 @@ class Method:
         return {}
 
     def after_update(self, at, stats):
-        """After each update -> 'next' to go on with the next iteration, 'end' to end the run, else None."""
+        """After each update -> 'next' to go on with the next iteration, 'end' to end the run, else None.
+
+        Where a method has one of its own, the host waits for the stats of every update, else when a line is due.
+        """
 
     def state_dict(self):
         return {}
@@ -517,6 +520,7 @@ def main(cfg):
     lab = open_lab(cfg, machine, data)
     cfg, per_iteration = lab.cfg, updates_per_iteration(lab)
     method = METHODS[cfg.method](lab)
+    watches = type(method).after_update is not Method.after_update  # it wants the numbers of every update
     for module in (*method.trained.values(), *method.frozen.values()):
         module.to(machine.device)
     optimizers = [torch.optim.AdamW(decay_groups(method.trained.values(), cfg), lr=cfg.learning_rate, fused=True)]
@@ -608,14 +612,14 @@ def main(cfg):
                               best_tokens=int(batch['answer_length'][rows, 0].sum()))
                 stats = accumulate(method, updates, batch, rows, counts)
                 lr = cfg.learning_rate * lr_factor(at.step, cfg)
-                grad_norm = updates.clip_and_step(at.step + 1, save_state)
+                updates.clip_and_step(at.step + 1, save_state)
                 at.step, at.tokens = at.step + 1, at.tokens + counts['tokens']
-                sums = machine.sum(torch.stack(list(stats.values())).tolist() + [stop.number])
-                stats, stopped = dict(zip(stats, sums)), sums[-1]
+                last, (stopped,) = at.step % per_iteration == 0, machine.sum([stop.number])
+                if update == 0 or last or at.step % cfg.log_interval == 0 or watches:
+                    stats = dict(zip(stats, machine.sum(torch.stack(list(stats.values())).tolist())))
                 at.facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
                 if at.step == 1:
                     machine.print(f'first update: {in_words(stats)}')
-                last = at.step % per_iteration == 0
                 verdict = method.after_update(dict(iteration=iteration, update=update, step=at.step, last=last,
                                                    updates_per_pass=per_iteration // cfg.inner_epochs), stats)
                 at.ended = verdict == 'end'
@@ -629,6 +633,7 @@ def main(cfg):
                     evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - at.evaluated // cfg.eval_interval
                     left += evaluating * evaluations
                     left += collecting * (math.ceil(cfg.max_iters / per_iteration) - iteration - 1)
+                    grad_norm = updates.read_norms()
                     metrics.write('train', step=at.step, tokens=at.tokens, sampled_tokens=at.sampled_tokens,
                                   seconds=now - start_time, iteration=iteration, grad_norm=grad_norm, lr=lr,
                                   tokens_per_second=speed, skipped=updates.skipped, **numbers)

@@ -556,7 +556,8 @@ def decay_groups(modules, cfg):
 class Updates:
     """Steps of any torch optimizers, with each module's gradient clipped, and none taken that is not finite.
 
-    After DDP a gradient is the same on all ranks, and so are the decisions here.
+    After DDP a gradient is the same on all ranks, and so are the decisions here. On CUDA fused optimizers skip a step
+    by themselves, and the host reads a norm when it has arrived, a step later; float16 and others make the host wait.
     """
 
     def __init__(self, optimizers, modules, cfg, machine):
@@ -564,12 +565,16 @@ class Updates:
         self.rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.skipped = self.skipped_in_a_row = 0
+        self.norm = math.nan
+        fused = all(getattr(optimizer, '_step_supports_amp_scaling', False) for optimizer in optimizers)
+        self.ahead = machine.device.type == 'cuda' and fused and not self.scaler.is_enabled()
+        self.unread = []  # of the latest steps: number, norms on the CPU or on their way to it, event of their arrival
 
     def backward(self, loss):
         self.scaler.scale(loss).backward()
 
     def clip_and_step(self, step, save_state):
-        """The update after which `step` steps are done -> the first module's gradient norm, before clipping.
+        """The update after which `step` steps are done.
 
         Where a norm is not finite nothing is updated; MAX_SKIPPED_IN_A_ROW such steps save the state and end the run.
         """
@@ -580,24 +585,40 @@ class Updates:
                 group['lr'] = rate * factor
         norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), self.cfg.grad_clip or math.inf)
                  for module in self.modules]
-        norm, total = torch.stack([norms[0], sum(norms)]).tolist()  # one wait for the device
-        if math.isfinite(total):
+        norms = torch.stack([norms[0], sum(norms)])
+        on_gpu = norms.device.type == 'cuda'
+        self.unread.append((step, norms.to('cpu', non_blocking=True),
+                            torch.cuda.current_stream().record_event() if on_gpu else None))
+        self.read_norms(all_but=1 if self.ahead else 0)
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            save_state()  # no such gradient has touched a parameter
+            raise Refusal(f'{MAX_SKIPPED_IN_A_ROW} gradients in a row were not finite, up to step {step}; the '
+                          f'parameters before them are saved in {self.cfg.out_dir}; try a smaller learning_rate')
+        if self.ahead:
+            for optimizer in self.optimizers:
+                optimizer.found_inf = 1 - norms[1].isfinite().float()
+        if self.ahead or not self.skipped_in_a_row:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-            self.machine.print(f'warning: the gradient norm of step {step} is {total}; its update is skipped')
-            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                save_state()  # no such gradient has touched a parameter
-                raise Refusal(f'{self.skipped_in_a_row} gradients in a row were not finite, up to step {step}; the '
-                              f'parameters before them are saved in {self.cfg.out_dir}; try a smaller learning_rate')
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return norm
+
+    def read_norms(self, all_but=0):
+        """Counts the skipped steps, `all_but` the latest -> the first module's gradient norm, before clipping."""
+        while len(self.unread) > all_but:
+            step, norms, arrived = self.unread.pop(0)
+            if arrived is not None:
+                arrived.synchronize()
+            self.norm, total = norms.tolist()
+            self.skipped_in_a_row = 0 if math.isfinite(total) else self.skipped_in_a_row + 1
+            if self.skipped_in_a_row:
+                self.skipped += 1
+                self.machine.print(f'warning: the gradient norm of step {step} is {total}; its update is skipped')
+        return self.norm
 
     def state_dict(self):
+        self.read_norms()
         return dict(optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
                     scaler=self.scaler.state_dict(), skipped=self.skipped)
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import prepare_shp
 from configurator import Refusal, progress, run
 from losses import (ECE_BINS, calibration_gaps, cross_fitted, fitted_scale, linear_loss, link_order, loss_name,
-                    rows_with_targets, slope_of, taylor_link, taylor_loss, token_statistics)
+                    rows_with_targets, slope_of, taylor_link, taylor_loss, to_device, token_statistics)
 from model import GPT, GPTConfig
 from runs import (Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, decay_groups, describe,
                   example_prompt, finish, load_checkpoint, lr_factor, matmul_peak, open_run, open_start, run_notes,
@@ -74,7 +74,7 @@ def evaluate(model, documents, rows, cfg, machine, order, stop, halves=None):
 
     def read(rows):
         idx, targets, document = prepare_shp.eval_batch(documents, cfg.cut, cfg.block_size, rows)
-        return *rows_with_targets(model(idx.to(machine.device)), targets), document[targets >= 0]
+        return *rows_with_targets(model(to_device(idx, machine.device)), targets), document[targets >= 0]
 
     with machine.autocast():
         scales = {}
@@ -210,13 +210,13 @@ def main(cfg, loss_of=None):
                 last = (len(log_ps) + 1) * micro >= len(rows)
                 with contextlib.nullcontext() if last or machine.world_size == 1 else forward.no_sync():
                     with machine.autocast():
-                        hidden, targets = rows_with_targets(forward(idx.to(machine.device, non_blocking=True)), targets)
+                        hidden, targets = rows_with_targets(forward(to_device(idx, machine.device)), targets)
                         loss, log_p = linear_loss(hidden, model.lm_head.weight, targets, loss_of,
                                                   model.config.vocab_size)
                     # DDP averages over ranks; wanted is the mean over all targets of the step
                     updates.backward(loss * (machine.world_size / max(count, 1)))
                 log_ps.append(log_p)
-            grad_norm = updates.clip_and_step(step + 1, save_state)
+            updates.clip_and_step(step + 1, save_state)
             step, tokens = step + 1, tokens + int(count)
 
             if step % cfg.log_interval == 0 or step in (1, cfg.max_iters):
@@ -224,6 +224,7 @@ def main(cfg, loss_of=None):
                 value, slope = slope_of(loss_of, log_p)       # the mean |slope| is q^n for T_n
                 sums = torch.stack([value.sum(), -log_p.sum(), slope.abs().sum()]).tolist()
                 loss, ce, weight = (total / max(count, 1) for total in machine.sum(sums))
+                grad_norm = updates.read_norms()
                 now = time.perf_counter()
                 speed = (tokens - last_line[1]) / (now - last_line[2])
                 left = (cfg.max_iters - step) * (now - last_line[2]) / (step - last_line[0])

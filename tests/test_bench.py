@@ -38,6 +38,14 @@ def test_contenders_of_a_step_start_at_the_same_loss_and_learn():
         assert losses[0].item() == pytest.approx(10.82, abs=0.05) and losses[-1] < losses[0] - 0.01
 
 
+@pytest.mark.parametrize('name', ['spin', 'ppo'])
+def test_an_iteration_collects_and_learns(name):
+    torch.manual_seed(0)
+    contenders = bench.iteration(Config(groups=2, shape=(1, 1, 8)), MACHINE, name, 6, 4)
+    for losses in results(contenders, '', calls=2).values():
+        assert all(loss.isfinite() for loss in losses) and losses[0] != losses[1]
+
+
 def test_memory_is_that_of_the_contender():
     plain, ours = (in_own_process(extra_memory, Config(batch_size=4, block_size=64), MACHINE, 'step', 64, name)
                    for name in ('nanoGPT-like, float32', 'train.py T_2, float32'))

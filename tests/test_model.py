@@ -1,11 +1,13 @@
 """The transformer against itself, cached against uncached; checkpoints are whole or not there."""
 import os
 import pickle
+import sys
 
 import pytest
 import torch
 
 from configurator import Refusal
+from extras import graphs
 from model import GPT, GPTConfig, KVCache, sample_token
 from runs import load_checkpoint, save_checkpoint
 
@@ -92,13 +94,37 @@ def slow_generate(model, prompt, max_new_tokens, uniform, eot, temperature=1.0, 
 
 @torch.no_grad()
 @pytest.mark.parametrize('options', [{}, {'top_k': 5}, {'temperature': 0.0}, {'temperature': 0.5}])
-def test_generation_of_a_ragged_batch_equals_one_row_at_a_time(options):
-    model = small()
+@pytest.mark.parametrize('look', [0, 16, 3])  # 0: the loop of model.py; else the step that CUDA graphs are made of
+def test_generation_of_a_ragged_batch_equals_one_row_at_a_time(options, look, monkeypatch):
+    monkeypatch.setattr(sys.modules['model'], 'GRAPHED', ('cpu',) if look else ())
+    monkeypatch.setattr(graphs, 'LOOK', look)
+    model, sizes, step = small(), [], graphs.Decoder.step
+    monkeypatch.setattr(graphs.Decoder, 'step', lambda *args: (sizes.append(args[-1]), step(*args)))
     prompts = [torch.randint(61, (n,)).tolist() for n in (1, 4, 11, 28, 7, 31)]
     uniform = torch.rand(len(prompts), 25, generator=torch.Generator().manual_seed(3))
     answers = model.generate(prompts, 25, eot=7, uniform=uniform, **options)
     assert answers == [slow_generate(model, p, 25, u, 7, **options) for p, u in zip(prompts, uniform)]
     assert options or len({len(a) for a in answers}) > 2  # rows did end at different times
+    if look:
+        assert sizes[0] == 8 > sizes[-1] or options  # rows were dropped
+        assert answers == model.generate(prompts, 25, eot=7, uniform=uniform, **options)  # in buffers already used
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+def test_graphs_draw_what_the_loop_draws(monkeypatch):
+    """But for a draw at the edge between two tokens, which rounding may move; the weights are those of the moment."""
+    model, prompts = small(block_size=96).cuda(), [torch.randint(61, (n % 30 + 1,)).tolist() for n in range(64)]
+    uniform = torch.rand(64, 60)
+    for _ in range(2):
+        answers = []
+        for devices in ((), ('cuda',), ('cuda',)):
+            monkeypatch.setattr(sys.modules['model'], 'GRAPHED', devices)
+            answers.append(model.generate(prompts, 60, eot=7, uniform=uniform))
+        assert sum(a != b for a, b in zip(*answers[:2])) <= 2 and answers[1] == answers[2]
+        with torch.autocast('cuda', dtype=torch.bfloat16):
+            assert sum(a[0] == b[0] for a, b in zip(answers[0], model.generate(prompts, 60, 1.0, 0, 7, uniform))) > 50
+        with torch.no_grad():
+            model.lm_head.weight.mul_(0.7)
 
 
 def test_generation_is_seeded_streamed_and_refuses_what_cannot_be():

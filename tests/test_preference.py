@@ -614,3 +614,19 @@ def test_options_that_do_not_fit_are_refused():
     for option in {option for method in preference.METHODS.values() for option in method.options}:
         assert preference.METHODS.keys() & set(re.findall(r'\w+', help[option])) == {
             name for name, method in preference.METHODS.items() if option in method.options}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+def test_the_host_does_not_wait_within_a_step(tmp_path, monkeypatch):
+    step_rows = preference.step_rows
+
+    def watched(lab, batch, iteration, update):
+        torch.cuda.set_sync_debug_mode('error' if 3 <= update < 7 else 'default')
+        return step_rows(lab, batch, iteration, update)
+
+    monkeypatch.setattr(preference, 'step_rows', watched)
+    try:
+        preference.main(config(tmp_path / 'run', 'dpo', device='cuda', inner_epochs=4, iterations=1, log_interval=8,
+                               eval_interval=8, sft_weight=0.1))
+    finally:
+        torch.cuda.set_sync_debug_mode('default')

@@ -1,4 +1,5 @@
 """train.py on small data: exact resume, ranks, accumulation, signals, refusals; evaluation by brute force."""
+import copy
 import json
 import math
 import signal
@@ -15,7 +16,7 @@ import prepare_shp
 import runs
 import train
 from configurator import Refusal
-from conftest import DATASET, assert_same_run, metrics, succeed, torchrun
+from conftest import DATASET, assert_same_run, content, metrics, succeed, torchrun
 from losses import taylor_link, token_log_prob
 from model import GPT, GPTConfig
 from runs import load_checkpoint
@@ -334,3 +335,45 @@ def test_a_command_as_typed(tmp_path):
     assert command_of_sample.startswith('python sample.py')  # and it works as printed
     sampled = command_of_sample.replace('python sample.py', f'{sys.executable} {ROOT}/sample.py')
     assert subprocess.run(sampled, shell=True).returncode == 0
+
+
+def test_a_step_skipped_by_the_optimizer_itself(tmp_path, capsys):
+    """As on CUDA, where the host reads a norm one step later: nothing moves, and the counts come later."""
+    weight = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(weight.parameters(), fused=True)
+    updates = runs.Updates([optimizer], [weight], config(tmp_path, warmup_iters=0), runs.setup('cpu'))
+    updates.ahead = True
+    seen, states = [], []
+    for step, scale in enumerate((1.0, math.nan, 2.0, math.inf, 3.0), 1):
+        updates.backward((weight(torch.ones(2)) * scale).sum())
+        updates.clip_and_step(step, None)
+        states.append(copy.deepcopy((weight.state_dict(), optimizer.state_dict()['state'])))
+        seen.append(updates.skipped)
+    assert seen == [0, 0, 1, 1, 2] and updates.read_norms() == pytest.approx(3 * 6 ** 0.5)
+    assert content(states[0]) == content(states[1]) != content(states[2]) == content(states[3]) != content(states[4])
+    for step in range(6, 16):
+        updates.backward((weight(torch.ones(2)) * math.nan).sum())
+        updates.clip_and_step(step, None)
+    saved = []
+    with pytest.raises(Refusal, match='10 gradients in a row were not finite, up to step 16'):
+        updates.backward((weight(torch.ones(2))).sum())
+        updates.clip_and_step(16, lambda: saved.append(updates.state_dict()))
+    assert saved[0]['skipped'] == 12 and content(saved[0]['optimizers'][0]['state']) == content(states[4][1])
+    assert capsys.readouterr().out.count('its update is skipped') == 12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@pytest.mark.parametrize('compiled', [False, True])
+def test_the_host_does_not_wait_within_a_step(tmp_path, monkeypatch, compiled):
+    lm_batch = prepare_shp.lm_batch
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode('error' if 3 <= args[4] < 7 else 'default')  # the number of the step
+        return lm_batch(*args)
+
+    monkeypatch.setattr(prepare_shp, 'lm_batch', watched)
+    try:
+        train.main(config(tmp_path / 'run', device='cuda', compile=compiled, log_interval=8, eval_interval=8,
+                          max_iters=8))
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
