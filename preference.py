@@ -614,7 +614,8 @@ def main(cfg):
                 lr = cfg.learning_rate * lr_factor(at.step, cfg)
                 updates.clip_and_step(at.step + 1, save_state)
                 at.step, at.tokens = at.step + 1, at.tokens + counts['tokens']
-                last, (stopped,) = at.step % per_iteration == 0, machine.sum([stop.number])
+                last = at.step % per_iteration == 0
+                stopped, = machine.sum([stop.number])
                 if update == 0 or last or at.step % cfg.log_interval == 0 or watches:
                     stats = dict(zip(stats, machine.sum(torch.stack(list(stats.values())).tolist())))
                 at.facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
