@@ -40,7 +40,7 @@ NUMBERED = '[0-9]' * 4 + '*.*'  # the files of iterations/ and selves/
 RUN_FILES = ('ckpt_*', 'best.pt', 'best.tmp-*', 'config.json', 'metrics.jsonl', 'loss.png', 'preference.png',
              'samples.jsonl', f'iterations/{NUMBERED}', f'selves/{NUMBERED}', 'tensorboard', 'wandb', 'wandb.id')
 INCIDENTAL = ('resume', 'overwrite', 'out_dir', 'stop_step', 'log_interval', 'wandb', 'tensorboard', 'device', 'dtype',
-              'compile', 'workers')
+              'compile')
 
 
 @dataclass(frozen=True)

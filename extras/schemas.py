@@ -14,7 +14,7 @@ Any text may be a conversation, [{role, content}, ...]. Where names differ, --co
 import re
 
 from configurator import Refusal
-from prepare_shp import SPLITS, Ranking, checked_number, checked_text, parsed, read_ranked  # noqa: F401
+from prepare_shp import SPLITS, Ranking, checked_text, parsed, read_ranked  # noqa: F401
 
 HUB_NAME = 'hf:{0}(/{0})?(:{0})?'.format('[A-Za-z0-9][A-Za-z0-9_.-]*')  # owner/dataset:subset
 PROMPTS = 'prompt', 'instruction'                                  # the first that a row has
@@ -52,8 +52,9 @@ def read_foreign(row, columns={}):
     for names, read in SCHEMAS:
         if any(row.get(name) is not None for name in names):
             return read(row, columns)
-    raise ValueError("its columns are neither SHP's nor prompt + responses, prompt + chosen + rejected, instruction + "
-                     'completions or prompt + answers; map them with --columns=OURS:THEIRS')
+    raise ValueError(f"its columns {', '.join(map(repr, row))[:200]} are neither SHP's nor prompt + responses, prompt + "
+                     'chosen + rejected, instruction + completions or prompt + answers; map them with '
+                     '--columns=OURS:THEIRS')
 
 
 def _responses(row, columns):
@@ -92,7 +93,7 @@ def _chosen(row, columns):
     if any(is_conversation(x) and x[0]['role'] != 'assistant' for x in pair):
         raise ValueError('chosen and rejected part before the assistant answers')
     if row.get('score_chosen') is not None or row.get('score_rejected') is not None:
-        scores = [checked_number(key, row.get(key)) for key in ('score_chosen', 'score_rejected')]
+        scores = [row.get(key) for key in ('score_chosen', 'score_rejected')]
         if scores[0] < scores[1]:
             raise ValueError('score_chosen is below score_rejected')
     return Ranking('', prompt, pair, scores)
@@ -174,7 +175,7 @@ def _stripped(x):
 
 
 def from_hub(name, columns):
-    """A dataset of the Hub, or a folder that `datasets` reads -> {split: [(name, split there, rows)]}. Runs no code."""
+    """A dataset of the Hub, or a folder that `datasets` reads -> [(split, split there, rows)]. Runs no code."""
     dataset, _, subset = name.partition(':')
     try:
         import datasets
@@ -194,4 +195,4 @@ def from_hub(name, columns):
     if absent:
         raise Refusal(f"{name} has no split {', '.join(absent)}, but {', '.join(found)}; say which is which with "
                       '--columns=train:THEIRS,test:THEIRS')
-    return {split: [(f'{name} {theirs}', theirs, found[theirs])] for split, theirs in wanted.items() if theirs in found}
+    return [(split, theirs, found[theirs]) for split, theirs in wanted.items() if theirs in found]

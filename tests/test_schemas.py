@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused(reason):
 
 
 def test_refusals_name_the_columns_that_a_row_has():
-    with pytest.raises(Refusal, match="1 of 1 rows.*columns: 'question', 'reply'"):
+    with pytest.raises(Refusal, match="1 of 1 rows.*its columns 'question', 'reply' are neither SHP's"):
         local([dict(question='Hi?', reply='yes')])
 
 
