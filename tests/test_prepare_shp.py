@@ -307,8 +307,7 @@ BAD = {
     "not of its schema (KeyError: 'labels')": {key: value for key, value in row().items() if key != 'labels'},
     'not of its schema (TypeError: \'>\' not supported between instances of \'int\' and \'NoneType\')':
         row(score_B=None),
-    'labels is neither 0 nor 1': row(labels=-1),
-    'label contradicts scores or times': row(labels=0),
+    'label contradicts scores or times': row(labels=-1),
     'prompt holds a NUL or half a surrogate pair': row(history='a\0b'),
     'an answer is longer than 262144 characters': row(human_ref_A='x' * 30_000_000),
     'a score is not a finite number': row(score_A=float('inf')),
@@ -332,7 +331,7 @@ def test_bad_rows_are_counted_by_reason():
 
 def test_too_many_bad_rows_stop_everything():
     rows = [row(post_id=f'{i}', history=f'{i}') for i in range(30)]
-    with pytest.raises(Refusal, match=r'4 of 34 rows.*line 31: labels is neither 0 nor 1; in all: 4 labels'):
+    with pytest.raises(Refusal, match=r'4 of 34 rows.*line 31: label contradicts scores or times; in all: 4 label'):
         local(rows + [row(labels=2)] * 4)
     assert not Path('data').exists()
     local(rows + [row(labels=2)] * 3)
@@ -345,8 +344,8 @@ def test_bad_files():
     Path('array.jsonl').write_bytes(b'[{"prompt": "q"},\n{"prompt": "r"}]')
     write('two.jsonl', [dict(prompt=f'q{i}', responses=['a', 'b']) for i in range(2)])
     for source, words in (('gzip.jsonl', 'not JSON in UTF-8'), ('array.jsonl', 'line 1: not JSON'),
-                          ('empty.jsonl', 'no row to train on: none'),
-                          ('two.jsonl', 'no row to train on: 2 read, 2 kept; val and test: .* cut from train'),
+                          ('empty.jsonl', 'no row to train on: 0 read'),
+                          ('two.jsonl', 'no row to train on: 2 read, 2 kept; splits: .* cut from train'),
                           ('nowhere.jsonl', 'nowhere.jsonl does not exist'), ('empty', 'neither train.json')):
         with pytest.raises(Refusal, match=words):
             prepare(Config(dataset='d', source=source, encoding='bytes'))
