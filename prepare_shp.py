@@ -200,18 +200,18 @@ def read(row, where, columns={}):
     if not all(isinstance(x, (list, tuple, range)) for x in (answers, scores)) or len(answers) != len(scores):
         raise ValueError('answers and scores are not lists of the same length')
     good, bad = [], []
-    for answer, score in zip(answers, scores):
+    for answer, score, comment in zip(answers, scores, ranking.comments or answers):
         try:
             if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) < 2 ** 53:
                 raise ValueError('a score is not a finite number')
-            good.append((checked_text('an answer', answer), score))
+            good.append((checked_text('an answer', answer), score, comment))
         except ValueError as error:
             bad.append(str(error))
     if len(good) < 2:
         raise ValueError(bad[0] if bad else 'it has fewer than two answers')
-    answers, scores = zip(*sorted(good, key=lambda pair: -pair[1]))
+    answers, scores, comments = zip(*sorted(good, key=lambda triple: -triple[1]))
     return ranking._replace(id=ranking.id or where, prompt=checked_text('prompt', ranking.prompt), answers=answers,
-                            scores=scores), bad
+                            scores=scores, comments=ranking.comments and comments), bad
 
 
 def checked_text(key, text):
@@ -305,6 +305,7 @@ def parsed(line):
 def _read_file(cfg, name, lines, count):
     """-> its rankings; `count` counts what becomes of the rows. Refusal where too many are unusable."""
     records, bad, rows, example = [], Counter(), 0, ''
+    count.update(read=0, kept=0)  # first in the report
     columns = dict(pair.split(':', 1) for pair in cfg.columns if pair.partition(':')[0] not in SPLITS.values())
     for number, line in enumerate(lines, 1):
         if isinstance(line, bytes) and not line.strip():
@@ -533,16 +534,14 @@ def open_dataset(cfg):
     try:
         meta = json.loads((folder / 'meta.json').read_bytes())
         made = meta['options'] | {name: meta[name] for name in ('version', 'source', 'columns')}
-        # a run need not name these three
-        cfg = replace(cfg, source=made['source'] if cfg.source == 'hub' else cfg.source,
-                      columns=cfg.columns or tuple(made['columns']), encoding=cfg.encoding or made['encoding'])
+        same = cfg.source == 'hub' or _paths(cfg.source) == _paths(made['source'])
+        cfg = replace(cfg, source=made['source'] if same else cfg.source, columns=cfg.columns or tuple(made['columns']),
+                      encoding=cfg.encoding or made['encoding'])  # a run need not name these three
         if damaged := [name for name, digest in meta['sha256'].items() if _sha256(folder / name) != digest]:
             raise ValueError(f"{', '.join(damaged)} differ from the sha256 in meta.json")
     except (OSError, ValueError) as error:
         raise Refusal(f'{folder} is damaged: {error}; make it anew: {_command(cfg)} --overwrite=True')
     asked = _options(cfg) | dict(version=VERSION, columns=list(cfg.columns), source=cfg.source)
-    if _paths(cfg.source) == _paths(made['source']):
-        asked['source'] = made['source']
     if differ := [f'{name}={made.get(name)} (asked for: {x})' for name, x in asked.items() if made.get(name) != x]:
         raise Refusal(f"{folder} was made with {', '.join(differ)}; ask for the same, choose another --dataset=NAME, "
                       f'or make it anew: {_command(cfg)} --overwrite=True')
@@ -569,16 +568,15 @@ def lm_batch(documents, cut, block_size, seed, step, batch_size, rows=slice(None
     cut 'stream': random windows of the packed documents; Refusal where there is none. cut 'examples': each document
     from its start, in epochs of one pass over all documents each; padded with idx 0, targets -1.
     """
-    rows = np.arange(batch_size)[rows]
+    rows, (tokens, offsets, _) = np.arange(batch_size)[rows], documents
     if cut == 'examples':
         picked = _in_epochs(seed, step * batch_size + rows, eval_length(documents, cut, block_size))
-        return _windows(documents.tokens, documents.offsets[picked], documents.offsets[picked + 1], block_size)
-    end = len(documents.tokens)
-    if end <= block_size:
-        raise Refusal(f'{end} tokens do not fill a window of block_size={block_size} and its last target; use a '
-                      'smaller --block_size, or prepare more data')
-    starts = np.random.default_rng((1, seed, step)).integers(end - block_size, size=batch_size)[rows]
-    return _windows(documents.tokens, starts, np.full(len(starts), end), block_size)
+        return _windows(tokens, offsets[picked], offsets[picked + 1], block_size)
+    if len(tokens) <= block_size:
+        raise Refusal(f'{len(tokens)} tokens do not fill a window of block_size={block_size} and its last target; use '
+                      'a smaller --block_size, or prepare more data')
+    starts = np.random.default_rng((1, seed, step)).integers(len(tokens) - block_size, size=batch_size)[rows]
+    return _windows(tokens, starts, np.full(len(starts), len(tokens)), block_size)
 
 
 def eval_batch(documents, cut, block_size, rows):
