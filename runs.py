@@ -36,7 +36,7 @@ NUMBERED = '[0-9]' * 4 + '*.*'  # the files of iterations/ and selves/
 # what overwrite deletes; options that may differ between a run and its exact resume
 RUN_FILES = ('ckpt_*', 'best.pt', '.tmp.*', 'config.json', 'metrics.jsonl', 'loss.png', 'preference.png',
              'samples.jsonl', f'iterations/{NUMBERED}', f'selves/{NUMBERED}', 'tensorboard', 'wandb', 'wandb.id')
-INCIDENTAL = *NOT_RESUMED, 'log_interval', 'wandb', 'tensorboard', 'device', 'dtype', 'compile', 'workers'
+INCIDENTAL = *NOT_RESUMED, 'log_interval', 'wandb', 'tensorboard', 'device', 'dtype', 'compile'
 
 
 @dataclass(frozen=True)

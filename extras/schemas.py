@@ -14,12 +14,13 @@ Any text may be a conversation, [{role, content}, ...]. Where names differ, --co
 import re
 
 from configurator import Refusal
-from prepare_shp import SPLITS, Ranking, checked_number, checked_text, parsed, read_ranked  # noqa: F401
+from prepare_shp import SPLITS, Ranking, read_ranked
 
 HUB_NAME = 'hf:{0}(/{0})?(:{0})?'.format('[A-Za-z0-9][A-Za-z0-9_.-]*')  # owner/dataset:subset
-PROMPTS = 'prompt', 'instruction'                                  # the first that a row has
-ANSWERS = 'answer', 'response'                                     # the first that most answers of a row have
-SCORES = 'score', 'overall_score', 'fine-grained_score', 'rank'    # the same
+# columns of a row: the first that it has
+PROMPTS, LISTS = ('prompt', 'instruction'), ('responses', 'chosen', 'rejected', 'completions', 'answers')
+# columns of an answer: the first that most answers of a row have
+ANSWERS, SCORES = ('answer', 'response'), ('score', 'overall_score', 'fine-grained_score', 'rank')
 # the names --columns may map: columns of a row, columns of its answers, splits
 ROW_COLUMNS = 'prompt', 'responses', 'scores', 'chosen', 'rejected', 'score_chosen', 'score_rejected'
 COLUMNS = (*ROW_COLUMNS, 'answer', 'score', 'rank', *SPLITS.values())
@@ -49,38 +50,30 @@ def read_foreign(row, columns={}):
             if row.get(theirs) is None:
                 raise ValueError(f'no column {theirs[:100]}, which --columns names')
             row = row | {ours: row[theirs]}
-    for names, read in SCHEMAS:
-        if any(row.get(name) is not None for name in names):
-            return read(row, columns)
-    raise ValueError("its columns are neither SHP's nor prompt + responses, prompt + chosen + rejected, instruction + "
-                     'completions or prompt + answers; map them with --columns=OURS:THEIRS')
+    prompt = next((row[name] for name in PROMPTS if row.get(name) is not None), None)
+    found = next((name for name in LISTS if row.get(name) is not None), None)
+    if found is None:
+        raise ValueError(f"its columns {', '.join(map(repr, row))[:200]} are neither SHP's nor prompt + responses, "
+                         'prompt + chosen + rejected, instruction + completions or prompt + answers; map them with '
+                         '--columns=OURS:THEIRS')
+    if found in ('chosen', 'rejected'):
+        return _chosen(row, prompt)
+    if found == 'responses' and not any(isinstance(response, dict) for response in row[found]):
+        return read_ranked(row | dict(prompt=prompt))
+    if found == 'answers' and isinstance(prompt, str):
+        prompt = _unframed(prompt)
+    return _scored(prompt, row[found], columns)
 
 
-def _responses(row, columns):
-    responses = row['responses']
-    if isinstance(responses, list) and any(isinstance(response, dict) for response in responses):
-        return _scored(_prompt(row), responses, columns)
-    return read_ranked(row | dict(prompt=_prompt(row)))
-
-
-def _completions(row, columns):
-    return _scored(_prompt(row), row['completions'], columns)
-
-
-def _answers(row, columns):
-    prompt = _prompt(row)
-    return _scored(_unframed(prompt) if isinstance(prompt, str) else prompt, row['answers'], columns)
-
-
-def _chosen(row, columns):
+def _chosen(row, prompt):
     """TRL's pairs. Where the answers are whole dialogues, the prompt is what both begin with."""
-    prompt, pair, scores = _prompt(row), [row.get('chosen'), row.get('rejected')], None
+    pair, scores = [row.get('chosen'), row.get('rejected')], None
     texts, talks = (all(map(is_kind, pair)) for is_kind in (lambda x: isinstance(x, str), is_conversation))
     if prompt is None and 'prompt' in row and not talks:
         raise ValueError('prompt is null')
     if prompt is None and any(row.get(name) for name in ('question', 'query', 'input')):
         raise ValueError('it has no prompt, and a column that may be it; say which with --columns=prompt:NAME')
-    if (texts or talks) and _stripped(pair[0]) == _stripped(pair[1]):
+    if (texts or talks) and as_text(pair[0]).strip() == as_text(pair[1]).strip():
         raise ValueError('chosen and rejected are equal')
     if talks and not is_conversation(prompt) or texts and prompt is None:
         shared = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), min(map(len, pair)))
@@ -92,25 +85,14 @@ def _chosen(row, columns):
     if any(is_conversation(x) and x[0]['role'] != 'assistant' for x in pair):
         raise ValueError('chosen and rejected part before the assistant answers')
     if row.get('score_chosen') is not None or row.get('score_rejected') is not None:
-        scores = [checked_number(key, row.get(key)) for key in ('score_chosen', 'score_rejected')]
+        scores = [row.get(key) for key in ('score_chosen', 'score_rejected')]
         if scores[0] < scores[1]:
             raise ValueError('score_chosen is below score_rejected')
     return Ranking('', prompt, pair, scores)
 
 
-# columns any of which tells a schema, and who reads its rows
-SCHEMAS = ((('responses',), _responses), (('chosen', 'rejected'), _chosen), (('completions',), _completions),
-           (('answers',), _answers))
-
-
-def _prompt(row):
-    return next((row[name] for name in PROMPTS if row.get(name) is not None), None)
-
-
 def _scored(prompt, answers, columns):
     """[{text, score or rank}, ...] in any order -> Ranking."""
-    if not isinstance(answers, list):
-        raise ValueError('its answers are not a list')
     answers = [answer if isinstance(answer, dict) else {} for answer in answers]
 
     def values(names):
@@ -166,15 +148,12 @@ def as_text(x):
     return '\n\n'.join([first['content'], *(f"{SPEAKERS.get(m['role'], m['role'])}: {m['content']}" for m in others)])
 
 
-def _stripped(x):
-    return as_text(x).strip()
-
 
 # The Hub -------------------------------------------------------------------------------------------------------------
 
 
 def from_hub(name, columns):
-    """A dataset of the Hub, or a folder that `datasets` reads -> {split: [(name, split there, rows)]}. Runs no code."""
+    """A dataset of the Hub, or a folder that `datasets` reads -> [(split, split there, rows)]. Runs no code."""
     dataset, _, subset = name.partition(':')
     try:
         import datasets
@@ -194,4 +173,4 @@ def from_hub(name, columns):
     if absent:
         raise Refusal(f"{name} has no split {', '.join(absent)}, but {', '.join(found)}; say which is which with "
                       '--columns=train:THEIRS,test:THEIRS')
-    return {split: [(f'{name} {theirs}', theirs, found[theirs])] for split, theirs in wanted.items() if theirs in found}
+    return [(split, theirs, found[theirs]) for split, theirs in wanted.items() if theirs in found]

@@ -46,8 +46,8 @@ import torch.nn as nn
 import prepare_shp
 from answers import in_batches, make_gpt, sample, text_of
 from configurator import Refusal, run
-from prepare_shp import SEPARATOR, render
-from extras.schemas import as_text, checked_text, is_conversation, parsed
+from prepare_shp import SEPARATOR, checked_text, parsed, render
+from extras.schemas import as_text, is_conversation
 from runs import first_line, is_hugging_face, load_run, write_whole
 
 IDS = 'custom_id', 'prompt_id', 'post_id', 'id'  # the columns of a line of completions

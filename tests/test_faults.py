@@ -135,7 +135,7 @@ def test_a_killed_prepare_leaves_all_or_nothing(tmp_path, run_for, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     for name, count in (('old', 200), ('new', 300)):
         write_rows(Path(f'{name}.jsonl'), count)
-    old, new = (prepare_shp.Config(dataset='d', source=f'{name}.jsonl', encoding='bytes', workers=1, overwrite=True)
+    old, new = (prepare_shp.Config(dataset='d', source=f'{name}.jsonl', encoding='bytes', overwrite=True)
                 for name in ('old', 'new'))
     began = time.perf_counter()
     sound = [prepare_shp.prepare(cfg)['sha256'] for cfg in (old, new)]

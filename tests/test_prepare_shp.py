@@ -133,8 +133,8 @@ def test_rankings_of_many_posts_and_a_score_ratio():
 def test_template_boundary_and_no_injection():
     history = f' Who said "{render("x", "y")[0]}" <|endoftext|>?\n'
     answer = '\n<|endoftext|> A:\nme '
-    meta, data = local([row(post_id=f'{i}', history=history if i < 9 else f'other {i}', human_ref_A=answer)
-                        for i in range(20)])
+    _, data = local([row(post_id=f'{i}', history=history if i < 9 else f'other {i}', human_ref_A=answer)
+                     for i in range(20)])
     for split in ('train', 'val', 'test'):
         documents, groups = data.documents(split), data.groups(split)
         for prompt, answers, _ in ranked_texts(groups):
@@ -142,7 +142,6 @@ def test_template_boundary_and_no_injection():
             assert encoding('bytes').encode_ordinary(prompt + answers[0]) == [*(prompt + answers[0]).encode()]
         assert (np.asarray(documents.tokens) == EOT).sum() == len(documents.offsets) - 1 > 0
         assert len(texts(documents)) == len(documents.leaked)
-    assert meta['template'] == document('{history}', '{answer}') + '<|endoftext|>'
 
 
 # Sources -------------------------------------------------------------------------------------------------------------
@@ -161,7 +160,8 @@ def test_shp_layout():
         assert Counter(texts(data.documents(ours))) == Counter(preferred.values())
         assert meta['rows'][theirs] == {'read': len(rows[theirs]), 'kept': len(rows[theirs])}
         groups = ranked_texts(data.groups(ours))
-        assert Counter(str(len(answers)) for _, answers, _ in groups) == Counter(meta['splits'][ours]['k'])
+        sizes = {name: n for name, n in meta['splits'][ours].items() if name[:2] == 'K='}
+        assert Counter(f'K={len(answers)}' for _, answers, _ in groups) == sizes
         assert {(p, a, s) for p, a, s in ((p, tuple(a), tuple(s)) for p, a, s in groups)} == {
             (render(r.prompt, '')[0], tuple(x.strip() for x in r.answers), r.scores)
             for r in rankings([read_shp(r) for r in rows[theirs]])}
@@ -187,10 +187,9 @@ def test_one_bad_answer_is_dropped_and_counted():
     lines += [dict(prompt=f'r{i}', responses=['best', 'lost', 'worst'], scores=[9, None, 6]) for i in range(10)]
     meta, data = local(lines, max_bad_fraction=0.0)
     assert [meta['splits'][split]['posts'] for split in ('train', 'val', 'test')] == [54, 3, 3]
-    assert meta['rows']['train'] == {'read': 60, 'kept': 60} and meta['dropped_answers']['train'] == {
-        'an answer is missing or null': 10, 'an answer is empty': 10, 'an answer is not text': 10, 'an answer holds a '
-        'NUL or half a surrogate pair': 10, 'an answer is longer than 262144 characters': 10,
-        'a score is not a finite number': 10}
+    assert meta['rows']['train'] == {'read': 60, 'kept': 60, **{f'answers dropped: {reason}': 10 for reason in (
+        'an answer is missing or null', 'an answer is empty', 'an answer is not text', 'an answer holds a NUL or half '
+        'a surrogate pair', 'an answer is longer than 262144 characters', 'a score is not a finite number')}}
     for prompt, answers, scores in sum((ranked_texts(data.groups(x)) for x in ('train', 'val', 'test')), []):
         assert (answers, scores) == ((['best', 'good', 'worst'], [9, 7, 6]) if prompt[0] == 'q' else
                                      (['best', 'worst'], [9, 6]))
@@ -233,7 +232,6 @@ def test_row_split_against_brute_force():
     assert Counter(train + val) == Counter(winners) and train + val != winners  # those rows, in a random order
     assert data.documents('val').leaked.tolist() == [text in train for text in val]
     assert 0 < data.documents('val').leaked.sum() < 20 and not data.documents('train').leaked.any()
-    assert meta['rows']['train']['beyond max_rows'] == len(rows['train']) - 101
     prepare(Config(dataset='e', source='shp', encoding='bytes'))  # test is by post whatever the split
     assert meta['sha256']['test_groups.npz'] == open_dataset(Config(dataset='e')).meta['sha256']['test_groups.npz']
 
@@ -257,7 +255,7 @@ def test_cut_answers_have_no_end_of_text_and_equal_ones_are_lost():
     groups, documents = data.groups('train'), data.documents('train')
     pieces = [groups.piece(a).tolist() for a in groups.answers[:2]]
     assert pieces == [[*b'abcde'], [*b'x', EOT]]  # all but the last say the same once cut
-    assert meta['splits']['train']['lost_answers'] == 52 and meta['splits']['train']['k'] == {'3': 26}
+    assert meta['splits']['train']['equal answers dropped'] == 52 and meta['splits']['train']['K=3'] == 26
     assert EOT not in documents.tokens
     _, data = local([dict(prompt=f'q{i}', responses=['same', ' same ']) for i in range(30)])
     with pytest.raises(Refusal, match='no group'):
@@ -266,9 +264,8 @@ def test_cut_answers_have_no_end_of_text_and_equal_ones_are_lost():
 
 def test_names_of_folders_and_columns():
     for name in ('../../x', '/tmp/x', '.x', 'a b', 'a\n', '..'):
-        with pytest.raises(Refusal, match='folder name'):
-            prepare(Config(dataset=name, source='toy'))
-    with pytest.raises(Refusal, match="1 of 1 rows.*columns: 'question', 'reply'"):
+        assert 'folder name' in ' '.join(Config(dataset=name, source='toy').check())
+    with pytest.raises(Refusal, match="1 of 1 rows.*columns 'question', 'reply'"):
         local([dict(question='?', reply='!')])
 
 
@@ -277,7 +274,7 @@ def test_report(capsys):
     write('rows.jsonl', lines + [dict(prompt='q', responses=['a', None, 'b'])])
     main(Config(dataset='d', source='rows.jsonl', encoding='bytes'))
     out = capsys.readouterr().out
-    assert all(word in out for word in ('41 read', '41 kept', '1 an answer is missing or null', 'posts', 'K=3'))
+    assert all(word in out for word in ('41 read', '41 kept', '1 answers dropped: an answer is missing or null', 'posts', 'K=3'))
     assert '\x1b' not in out and '\\x1b[2J\nA:\nyes<|endoftext|>\n' in out  # a document
     assert '\n> yes<|endoftext|>\n> yyy' in out and 'y' * 900 not in out and '\n> no<|endoftext|>\n' in out
 
@@ -285,38 +282,37 @@ def test_report(capsys):
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 BAD = {
-    'history is missing or null': row(history=None),
-    'human_ref_B is not text': row(human_ref_B=3),
-    'human_ref_B is empty': row(human_ref_B=' \n\t'),
-    'post_id is not text': row(post_id=7),
-    'labels is neither 0 nor 1': row(labels=-1),
-    'score_A is not a finite number': row(score_A=float('nan')),
-    'created_at_utc_A is not a finite number': row(created_at_utc_A=True),
-    'label contradicts scores or times': row(labels=0),
-    'history holds a NUL or half a surrogate pair': row(history='a\0b'),
-    'human_ref_A is longer than 262144 characters': row(human_ref_A='x' * 30_000_000),
+    'prompt is not text': row(history=3),
+    'an answer is not text': row(human_ref_B=3),
+    'an answer is empty': row(human_ref_B=' \n\t'),
+    "not of its schema (KeyError: 'labels')": {key: value for key, value in row().items() if key != 'labels'},
+    'not of its schema (TypeError: \'>\' not supported between instances of \'int\' and \'NoneType\')':
+        row(score_B=None),
+    'label contradicts scores or times': row(labels=-1),
+    'prompt holds a NUL or half a surrogate pair': row(history='a\0b'),
+    'an answer is longer than 262144 characters': row(human_ref_A='x' * 30_000_000),
+    'a score is not a finite number': row(score_A=float('inf')),
     'it has fewer than two answers': dict(prompt='q', responses=['a']),
-    'its answers are not a list': dict(prompt='q', responses='ab'),
+    'answers and scores are not lists of the same length': dict(prompt='q', responses='ab'),
     'scores rise from one response to the next': dict(prompt='q', responses=['a', 'b'], scores=[1, 2]),
-    'scores is not a list as long as the answers': dict(prompt='q', responses=['a', 'b'], scores=[2]),
     'prompt is missing or null': dict(chosen='a', rejected='b'),
-    'not a JSON object but an array; write one object a line': [1, 2],
+    'not a JSON object; write one object a line': [1, 2],
 }
 
 
 def test_bad_rows_are_counted_by_reason():
     good = [row(post_id=f'{i}', history=f'q{i}', score_B=i % 3 - 1) for i in range(200)]  # scores <= 0 are fine
     lines = [json.dumps(r).encode() for r in [*good[:100], *BAD.values(), *good[100:]]]
-    lines[50:50] = [b'', b'   ', b'{"post_id": "\xff"}', b'[' * 100_000]
+    lines[50:50] = [b'', b'   ', b'{"post_id": "\xff"}']
     Path('rows.jsonl').write_bytes(b'\xef\xbb\xbf' + b'\n'.join(lines) + b'\n{"post_id": "cut of')
     meta = prepare(Config(dataset='d', source='rows.jsonl', encoding='bytes', max_bad_fraction=0.2))
-    assert meta['rows']['train'] == {'read': 203 + len(BAD), 'kept': 200, 'not UTF-8': 1, 'not JSON': 2,
+    assert meta['rows']['train'] == {'read': 202 + len(BAD), 'kept': 200, 'not JSON in UTF-8': 2,
                                      **dict.fromkeys(BAD, 1)}
 
 
 def test_too_many_bad_rows_stop_everything():
     rows = [row(post_id=f'{i}', history=f'{i}') for i in range(30)]
-    with pytest.raises(Refusal, match=r'4 of 34 rows.*line 31: labels is neither 0 nor 1; in all: 4 labels'):
+    with pytest.raises(Refusal, match=r'4 of 34 rows.*line 31: label contradicts scores or times; in all: 4 label'):
         local(rows + [row(labels=2)] * 4)
     assert not Path('data').exists()
     local(rows + [row(labels=2)] * 3)
@@ -328,13 +324,13 @@ def test_bad_files():
     Path('gzip.jsonl').write_bytes(b'\x1f\x8b\x08\x00\xff\xfe\x00\n\x9c')
     Path('array.jsonl').write_bytes(b'[{"prompt": "q"},\n{"prompt": "r"}]')
     write('two.jsonl', [dict(prompt=f'q{i}', responses=['a', 'b']) for i in range(2)])
-    for source, words in (('gzip.jsonl', 'not UTF-8'), ('array.jsonl', 'not JSON'), ('empty.jsonl', 'no usable'),
-                          ('two.jsonl', 'has 2 prompts, too few to hold some out'),
+    for source, words in (('gzip.jsonl', 'not JSON in UTF-8'), ('array.jsonl', 'line 1: not JSON'),
+                          ('empty.jsonl', 'no row to train on: 0 read'),
+                          ('two.jsonl', 'no row to train on: 2 read, 2 kept; splits: .* cut from train'),
                           ('nowhere.jsonl', 'nowhere.jsonl does not exist'), ('empty', 'neither train.json')):
         with pytest.raises(Refusal, match=words):
             prepare(Config(dataset='d', source=source, encoding='bytes'))
-    with pytest.raises(Refusal, match='--dataset=NAME'):
-        prepare(Config(source='empty'))
+    assert '--dataset=NAME' in ' '.join(Config(source='empty').check())
     assert not Path('data').exists()
 
 

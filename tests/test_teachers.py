@@ -199,7 +199,7 @@ def test_held_out_prompts_get_their_own_answers_or_none(tmp_path, answered, caps
 
 @pytest.mark.parametrize('lines, words', [
     (['', '{"prompt": "a"}'], 'line 2: completion is missing or null'),
-    (['[1]', 'rubbish'], 'line 1: not a JSON object but an array; .*; line 2: not JSON'),
+    (['[1]', 'rubbish'], 'line 1: not a JSON object; .*; line 2: not JSON'),
     (['{"post_id": "a", "completion": "x", "ended": "no"}'], 'line 1: .* ended is neither true nor false'),
     (['{"post_id": "stranger", "completion": "x"}'],
      r'no completion for (.*) of \1 prompts, for example id .*, and 1 for others. The prompts to complete are written'),
