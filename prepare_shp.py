@@ -52,6 +52,7 @@ GROUP_ARRAYS = dict(tokens=np.uint16, offsets=np.int64, prompts=np.int64, answer
 
 @dataclass(frozen=True)
 class Config(Options):
+    """The data."""
     dataset: str = ''              # folder under data/; '' = shp for the Hub, toy for the toy
     source: str = 'hub'            # hub (SHP), hf:OWNER/NAME, toy, a folder, or JSON-lines files with commas between
     columns: tuple[str, ...] = ()  # OURS:THEIRS where names differ: prompt:question,responses:replies,train:train_prefs
