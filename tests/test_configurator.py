@@ -125,16 +125,6 @@ def test_the_later_wins():
     assert configure(Config, []) == Config()  # and one call leaves nothing to the next
 
 
-def test_runs_need_no_flag():
-    @dataclass(frozen=True)
-    class Plot:
-        runs: tuple[str, ...] = ()
-        path: str = ''
-
-    assert configure(Plot, ['out/a', '--path=p.png', 'mine.jsonl']) == Plot(('out/a', 'mine.jsonl'), 'p.png')
-    assert configure(Plot, [write('a.py', "runs = ['c,d']"), 'e']) == Plot(('c,d', 'e'))
-
-
 def test_a_resume_reads_the_config_of_its_run(capsys):
     first = Config(n=7, x=3.0, names=('a', 'b'), top=4, overwrite=True, stop_step=5, out_dir='elsewhere')
     write('config.json', json.dumps(dict(asdict(first), an_older_option=1)))

@@ -210,26 +210,20 @@ def at_step(step, rank, action):
             'runs.lr_factor = lr_factor\n')
 
 
-KILL = 'os.kill(os.getpid(), signal.SIGKILL)'
-
-
-@pytest.mark.parametrize('kind, action, words', [
-    ('spin', KILL, 'another rank has ended'), ('train', 'time.sleep(12)', 'does not answer')])
-def test_a_rank_that_fails_or_hangs_ends_both_and_nothing_is_lost(tmp_path, kind, action, words):
-    with Ranks(tmp_path, kind, 'runs.RANK_TIMEOUT = 6\n' + at_step(7, 1, action)) as ranks:
-        assert ranks.end() != 0 and words in ranks.output
+def test_a_rank_that_hangs_ends_both_and_nothing_is_lost(tmp_path):
+    with Ranks(tmp_path, 'train', 'runs.RANK_TIMEOUT = 6\n' + at_step(7, 1, 'time.sleep(12)')) as ranks:
+        assert ranks.end() != 0 and 'does not answer' in ranks.output
     assert load_checkpoint(tmp_path / 'run')['step'] == 6
-    if action == KILL:
-        assert ranks.output.count('Traceback') == 1, ranks.output  # torchrun's own
 
 
 def test_a_restart_of_torchrun_brings_a_killed_run_to_its_end(tmp_path):
-    """As one that was left alone."""
+    """As one that was left alone. Of the rank that was not killed there is a sentence and no traceback."""
     (tmp_path / 'alone').mkdir()
-    for where, fault in ((tmp_path, at_step(7, 1, KILL)), (tmp_path / 'alone', '')):
+    for where, fault in ((tmp_path, at_step(7, 1, 'os.kill(os.getpid(), signal.SIGKILL)')), (tmp_path / 'alone', '')):
         with Ranks(where, 'spin', fault, restarts=1) as ranks:
             assert ranks.end() == 0, ranks.output
-        assert ranks.output.count('rank 0 is process') == (2 if fault else 1)
+        for words in ('another rank has ended', 'resumed at step 6 (exact)') if fault else ():
+            assert words in ranks.output and 'Traceback' not in ranks.output, ranks.output
     assert_same_run(tmp_path / 'alone' / 'run', tmp_path / 'run')
 
 
@@ -267,14 +261,13 @@ def test_a_nan_on_one_rank_reaches_no_parameter_of_any(tmp_path):
     assert all(w.isfinite().all() for part in ('model', 'critic') for w in state[part].values())
 
 
-def test_ranks_must_find_the_same_checkpoint(tmp_path):
-    train.main(config('train', tmp_path / 'run', stop_step=12))
-    fault = ('def other(out, sound=runs.load_checkpoint):\n'
-             '    return sound(runs.checkpoints(out)[-1 - rank])\n'
-             'runs.load_checkpoint = other\n')
+def test_ranks_must_find_the_same_checkpoint(tmp_path, monkeypatch):
+    cfg = config('train', tmp_path / 'run', stop_step=12)
+    train.main(cfg)
     before = files(tmp_path / 'run')
-    with Ranks(tmp_path, 'train', fault) as ranks:
-        assert ranks.end() != 0 and 'the ranks do not find the same checkpoint' in ranks.output
+    monkeypatch.setattr(runs.Machine, 'gather', lambda self, step: [step, 6])
+    with pytest.raises(Refusal, match='the ranks do not find the same checkpoint'):
+        train.main(replace(cfg, resume=True))
     assert before == files(tmp_path / 'run')
 
 
@@ -356,16 +349,12 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
 
 
 def test_a_folder_that_holds_no_run_is_not_touched(tmp_path):
-    """Under python -O too: what guards a run is no assert."""
     for name in ('best.pt', 'loss.png', 'thesis.txt'):
         (tmp_path / name).write_text('mine')
     before = files(tmp_path)
     for overwrite in (False, True):
         with pytest.raises(Refusal, match='holds no run, so nothing in it is touched'):
             train.main(config('train', tmp_path, overwrite=overwrite))
-    python, *arguments = command('train', tmp_path, overwrite=True)
-    done = subprocess.run([python, '-O', *arguments], capture_output=True, text=True)
-    assert done.returncode == 1 and 'holds no run' in done.stderr
     assert files(tmp_path) == before
 
 
@@ -402,9 +391,6 @@ def test_nothing_asks_the_network(tmp_path, monkeypatch):
     plot.plot(['out/start'])
 
 
-# Disks --------------------------------------------------------------------------------------------------------------
-
-
 def on_a_full_disk(arguments, size):
     """The command where no file can grow beyond `size` bytes, as on a disk without room."""
     done = subprocess.run(arguments, capture_output=True, text=True,
@@ -433,8 +419,6 @@ def test_a_full_disk_leaves_no_half_dataset(tmp_path, monkeypatch):
     assert on_a_full_disk(prepare, 20_000).startswith('error: data/d could not be written')
     assert os.listdir('data') == []
     assert subprocess.run(prepare, capture_output=True).returncode == 0
-
-
 
 
 @pytest.mark.parametrize('kind', ['dpo', 'reward'])

@@ -1,30 +1,22 @@
 """What users hand in may come from anywhere: it gives a result or a refusal, and never anything else.
 
     python -m pytest tests/test_fuzz.py --hypothesis-profile=long       # 20,000 inputs a test in place of 100
-
-The one that draws pictures takes a fifth of that.
 """
 import json
 import os
 import types
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-import configurator
-import plot
 import prepare_shp
 from extras import schemas, teachers
-import runs
-import train
 from configurator import Refusal
 from prepare_shp import END_OF_TEXT, Config, encoding, open_dataset
 from toy_shp import toy_rows
 
-FEWER = settings(max_examples=settings.default.max_examples // 5)
 ENCODING = encoding('bytes')
 # what people's data hold: odd Unicode, special tokens, markup, escapes of terminals, half characters, blanks
 NASTY = st.sampled_from(['', ' ', '\n', '\0', END_OF_TEXT, prepare_shp.SEPARATOR, '\nA:', '\u202e', '\ufeff', '\ud800',
@@ -41,9 +33,6 @@ def work(folder):
     os.chdir(folder)
     yield
     os.chdir(here)
-
-
-# Rows of data -------------------------------------------------------------------------------------------------------
 
 
 TALK = st.lists(st.one_of(JSON, st.fixed_dictionaries(dict(
@@ -84,9 +73,6 @@ def test_a_line_becomes_a_ranking_or_a_reason(line, columns):
         assert text.strip() and '\0' not in text and text.encode()
 
 
-# Teachers, metrics, options -----------------------------------------------------------------------------------------
-
-
 CHOICE = st.fixed_dictionaries({}, optional=dict(text=st.one_of(TEXT, JSON), finish_reason=st.one_of(TEXT, JSON),
                                                message=st.one_of(JSON, st.builds(dict, content=TEXT))))
 KEYS = dict(post_id=st.one_of(TEXT, JSON), prompt_id=TEXT, id=st.one_of(TEXT, JSON), custom_id=TEXT,
@@ -115,51 +101,3 @@ def test_completions_from_anywhere(lines):
     for key in teacher.rows:
         ids = teacher.ids(key, key)
         assert 0 < len(ids) <= 20 and ENCODING.eot_token not in ids[:-1]
-
-
-@FEWER
-@given(st.lists(st.one_of(st.binary(max_size=20), JSON.map(lambda x: json.dumps(x).encode()), st.builds(
-    lambda event, step: json.dumps(dict(event=event, step=step)).encode(), st.sampled_from(['train', 'eval']),
-    NUMBER)), max_size=6), st.integers(0, 5))
-def test_metrics_from_anywhere(lines, step):
-    """A resume keeps what it can read; the picture is drawn or refused."""
-    path = Path('fuzzed_run/metrics.jsonl')
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b'\n'.join(lines))
-    try:
-        plot.plot(['fuzzed_run'])
-    except Refusal as refusal:
-        assert 'fuzzed_run' in str(refusal)
-    metrics = runs.Metrics(train.Config(out_dir='fuzzed_run'), runs.Machine(0, 1, None, None, False), step)
-    metrics.write('train', step=step)
-    *kept, last = map(json.loads, path.read_text().splitlines())
-    assert all(event['step'] <= step for event in kept) and last == dict(event='train', step=step)
-
-
-@dataclass(frozen=True)
-class Options:
-    whole: int = 1
-    real: float = 0.5
-    flag: bool = False
-    names: tuple[str, ...] = ()
-    maybe: bool | None = None
-
-
-ARGUMENT = st.one_of(TEXT, st.builds(
-    lambda key, equals, value: f'--{key}{equals}{value}',
-    st.one_of(st.sampled_from(['whole', 'real', 'flag', 'names', 'maybe', 'wohle', 'help']), TEXT),
-    st.sampled_from(['=', '', ' ']),
-    st.one_of(TEXT, NUMBER.map(str), st.sampled_from(['True', 'None', '1_0', '1e-3', 'inf', '', 'a,b', '=', '٣']))))
-
-
-@given(st.lists(ARGUMENT, max_size=5))
-def test_arguments_from_anywhere(argv):
-    """A Config whose values have their types, or exit code 2 (--help: 0)."""
-    argv = [argument for argument in argv if not argument.endswith('.py')]  # a config file is the user's own program
-    try:
-        cfg = configurator.configure(Options, argv)
-    except SystemExit as end:
-        assert end.code == (0 if '--help' in argv or '-h' in argv else 2)
-        return
-    assert type(cfg.whole) is int and type(cfg.real) is float and cfg.real - cfg.real == 0 and type(cfg.flag) is bool
-    assert all(type(name) is str for name in cfg.names) and cfg.maybe in (True, False, None)

@@ -158,9 +158,6 @@ def test_the_card_tells_the_run_and_how_to_ask(tmp_path, capsys):
     assert options | dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) == options  # as sample.py does
 
 
-# What is no GPT-2 ---------------------------------------------------------------------------------------------------
-
-
 class Gated(model.Block):
     def __init__(self, config):
         super().__init__(config)
@@ -311,21 +308,13 @@ def test_it_asks_for_safetensors(monkeypatch):
         importlib.reload(huggingface)
 
 
-# Tokenizers ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def learned():
-    """A byte-pair encoding and the pairs it was made of: tiktoken keeps only the order of the tokens."""
+def test_vocabulary_and_merges(tmp_path):
+    """Of an encoding that is made of these pairs: tiktoken keeps only the order of the tokens."""
     text = 't h, th e, h e, _ the, x x, xx x, xx xx, b c, a b, a bc, bc bc, _ th, _ t, 1 2, 12 3'
     made = [[part.replace('_', ' ').encode() for part in pair.split()] for pair in text.split(', ')]
     ranks = {bytes([b]): b for b in range(256)} | {b''.join(pair): 256 + i for i, pair in enumerate(made)}
-    return made, tiktoken.Encoding('learned', pat_str=tiktoken_ext.openai_public.r50k_pat_str, mergeable_ranks=ranks,
-                                   special_tokens={prepare_shp.END_OF_TEXT: len(ranks)})
-
-
-def test_vocabulary_and_merges(tmp_path, learned):
-    made, encoding = learned
+    encoding = tiktoken.Encoding('learned', pat_str=tiktoken_ext.openai_public.r50k_pat_str, mergeable_ranks=ranks,
+                                 special_tokens={prepare_shp.END_OF_TEXT: len(ranks)})
     huggingface.write_tokenizer(tmp_path, encoding, 64)
     written = json.loads((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))
     vocabulary, end = written['model']['vocab'], written['added_tokens'][0]
@@ -335,9 +324,6 @@ def test_vocabulary_and_merges(tmp_path, learned):
         [encoding.encode_single_token(part) for part in pair] for pair in made]
     config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
     assert config['model_max_length'] == 64 and config['eos_token'] == prepare_shp.END_OF_TEXT
-
-
-# The real thing -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('bias, tie_weights', [(True, True), (False, False)])

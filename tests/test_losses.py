@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import losses
 from losses import (gae, implicit_reward, linear_loss, linear_token_log_prob, link_order, loss_name, masked_mean,
                     plackett_luce_log_prob, plackett_luce_loss, ppo_policy_loss, ppo_value_loss, renormalize_reward,
-                    rows_with_targets, slope_of, taylor_link, taylor_loss, token_log_prob)
+                    slope_of, taylor_link, taylor_loss, token_log_prob)
 
 ORDERS = range(5)
 NAN, INF = float('nan'), float('inf')
@@ -36,15 +36,6 @@ def series(q, n, terms=4000):
 
 def relative_error(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-def test_t0_is_cross_entropy():
-    logits = torch.randn(6, 5, 11, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(11, (6, 5))
-    ours = taylor_loss(token_log_prob(logits, targets), 0).mean()
-    theirs = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
 
 
 @pytest.mark.parametrize('n', [*ORDERS, 9])
@@ -83,9 +74,6 @@ def test_certain_impossible_and_hopeless_tokens():
 def test_an_order_must_be_a_whole_number(n):
     with pytest.raises(ValueError, match='n >= 0'):
         taylor_loss(torch.tensor([-1.0]), n)
-
-
-# link ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('n', [1, 2, 3])
@@ -221,7 +209,7 @@ def test_the_head_beside_a_compiled_model():
         hidden = torch.tanh(hidden)
         return (linear_loss(hidden, weight, targets, LOSSES['T_2'], V)[0]
                 + linear_token_log_prob(hidden, weight, targets, V).sum())
-    compiled = torch.compile(both, backend='aot_eager')
+    compiled = torch.compile(both, backend='eager')
     for a, b in zip(torch.autograd.grad(both(hidden, weight), (hidden, weight)),
                     torch.autograd.grad(compiled(hidden, weight), (hidden, weight))):
         torch.testing.assert_close(a, b)
@@ -234,15 +222,6 @@ def test_no_target_is_a_loss_of_zero_with_gradients_of_zero(rows):
     for output in (linear_loss(hidden[:rows], weight, nothing, LOSSES['T_2'])[0],
                    linear_token_log_prob(hidden[:rows], weight, nothing).sum()):
         assert output == 0 and all(g.eq(0).all() for g in torch.autograd.grad(output, (hidden, weight)))
-
-
-def test_rows_with_targets():
-    hidden, weight, targets = head_case(torch.float32)
-    chosen, of_them = rows_with_targets(hidden.view(1, N, C), targets[None])
-    total, expected = (linear_loss(h, weight, t, LOSSES['T_2'], V)[0]
-                       for h, t in ((chosen, of_them), (hidden, targets)))
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(torch.autograd.grad(total, hidden), torch.autograd.grad(expected, hidden))
 
 
 def test_a_nan_reaches_the_gradient():
@@ -314,13 +293,6 @@ def test_a_loss_has_a_name_and_perhaps_a_link():
 # Rankings -------------------------------------------------------------------------------------------------------------
 
 
-def test_stages_are_the_definition(rng):
-    scores = 5 * normal(rng, 7, 6)
-    stages = [scores[:, k] - scores[:, k:].logsumexp(-1) for k in range(6)]
-    torch.testing.assert_close(plackett_luce_log_prob(scores), torch.stack(stages, -1))
-    assert (plackett_luce_log_prob(scores)[:, -1] == 0).all()
-
-
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_two_answers_are_bradley_terry(dtype):
     margin = torch.tensor([-1e4, -90, -3, 0, 0.5, 30, 90, 1e4], dtype=dtype)
@@ -361,14 +333,6 @@ def test_start_value(n):
     start = plackett_luce_loss(torch.full((5,), 7.0).double(), n).item()
     expected = sum(math.log(m) - sum((1 - 1 / m) ** k / k for k in range(1, n + 1)) for m in range(2, 6))
     assert start == pytest.approx(expected) and (n or start == pytest.approx(math.log(120)))
-
-
-@pytest.mark.parametrize('n', [0, 1, 2, 3])
-def test_gradients(n, rng):
-    scores = normal(rng, 3, 4).requires_grad_()
-    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]).bool()
-    for kw in (dict(), dict(valid=valid), dict(valid=valid, top=2)):
-        assert torch.autograd.gradcheck(lambda s: plackett_luce_loss(s, n, **kw), scores)
 
 
 @pytest.mark.parametrize('n', [0, 1, 2])
@@ -455,7 +419,7 @@ def test_three_moments(kind, monotone, rng):
                                   'uniform', 'bimodal'])
 def test_three_moments_against_a_fine_grid(kind, monotone, rng):
     """c_3 = 0 where that has a solution; else the solution nearest to phi_1 in all directions; else the least error."""
-    reward = groups(rng, 12)[kind]
+    reward = groups(rng, 6)[kind]
     grids, end = ((2, 20001), (180, 400)) if monotone else ((2, 20001),), math.pi / (2 if monotone else 1)
     for r, R, residual, exact in zip(reward, *renormalize_reward(reward, 3, monotone)):
         if len(r.unique()) < 4:
@@ -487,27 +451,10 @@ def test_no_spread(kw):
         assert (R[0] == 0).all() and not exact[0] and R[1].std() > 0.5
 
 
-@pytest.mark.parametrize('kw', KEYWORDS)
-@pytest.mark.parametrize('kind', ['normal', 'left-skewed', 'ties', 'few'])
-def test_equivariances(kw, kind, rng):
-    reward = groups(rng, 20)[kind]
-    R, residual, exact = renormalize_reward(reward, **kw)
-    scaled = renormalize_reward(37.5 * reward - 11, **kw)
-    torch.testing.assert_close(scaled.reward, R, rtol=0, atol=1e-5)  # the nearest solution is flat in its direction
-    torch.testing.assert_close(scaled.residual, residual, rtol=0, atol=1e-6)
-    order = torch.randperm(reward.shape[1], generator=rng)
-    shuffled = renormalize_reward(reward[:, order], **kw)
-    assert torch.equal(shuffled.reward, R[:, order]) and torch.equal(shuffled.residual, residual)
-    assert torch.equal(shuffled.exact, exact)
-
-
-def test_duplicates_are_equal_and_near_duplicates_ordered(rng):
+def test_near_duplicates_keep_their_order(rng):
     x = normal(rng, 500, 6)
-    for reward in (torch.tensor([[0, 1, 1, 2, 5, 5], [0, 1, 1 + 1e-9, 2, 5 - 1e-9, 5], [3, 3, 3 + 1e-11, 4, 4, 4.0],
-                                 [0, 0, 0, 1, 1, 1 + 1e-14]]).double(), torch.cat([x, x[:, :2] + 1e-14], 1)):
-        R = renormalize_reward(reward, 3).reward
-        assert_same_order(R, reward)
-        torch.testing.assert_close(moment(R, 2), torch.ones(len(R)).double(), rtol=0, atol=1e-9)
+    reward = torch.cat([x, x[:, :2] + 1e-14], 1)
+    assert_same_order(renormalize_reward(reward, 3).reward, reward)
 
 
 @pytest.mark.parametrize('kw', KEYWORDS)
@@ -573,43 +520,21 @@ def test_masked_mean(rng):
     assert masked_mean(x, torch.zeros_like(mask)) == 0
 
 
-def scalar_policy_loss(log_p, old_log_p, advantage, clip):
-    """The loss and its derivative by log_p."""
-    ratio = math.exp(log_p - old_log_p)
-    if (advantage > 0 and ratio > 1 + clip) or (advantage < 0 and ratio < 1 - clip):
-        return -min(max(ratio, 1 - clip), 1 + clip) * advantage, 0.0
-    return -ratio * advantage, -ratio * advantage
+def assert_loss_and_slope(function, x, others, loss, slope):
+    x, *others, loss, slope = (torch.tensor(y, dtype=torch.float64) for y in (x, *others, loss, slope))
+    found = function(x.requires_grad_(), *others, clip=0.2)
+    torch.testing.assert_close(found, loss)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], slope)
 
 
-def test_policy_loss(rng):
-    log_p, old_log_p, advantage = normal(rng, 3, 200) * 0.4 - torch.tensor([[0.0], [5], [0]])
-    log_p, old_log_p = log_p.requires_grad_(), old_log_p + 5
-    loss = ppo_policy_loss(log_p, old_log_p, advantage, 0.2)
-    loss.sum().backward()
-    expected = torch.tensor([scalar_policy_loss(*row, 0.2) for row in zip(log_p.tolist(), old_log_p.tolist(),
-                                                                           advantage.tolist())]).double()
-    torch.testing.assert_close(loss, expected[:, 0].to(loss), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(log_p.grad, expected[:, 1].to(loss), rtol=1e-6, atol=1e-6)
-    clipped = expected[:, 1] == 0
-    assert clipped.sum() > 20 and (log_p.grad[clipped] == 0).all() and (log_p.grad[~clipped] != 0).all()
+def test_policy_loss():
+    """Ratios of 1/2, 1 and 2 at advantages of 2 and -3: where the clip of 0.2 binds there is no slope."""
+    ratio = [0.5, 1, 2] * 2
+    assert_loss_and_slope(ppo_policy_loss, [math.log(x) - 5 for x in ratio], ([-5.0] * 6, [2.0] * 3 + [-3.0] * 3),
+                          loss=[-1, -2, -2.4, 2.4, 3, 6], slope=[-1, -2, 0, 0, 3, 6])
 
 
-def scalar_value_loss(value, old_value, target, clip):
-    """The loss and its derivative by value."""
-    clipped = min(max(value, old_value - clip), old_value + clip)
-    if clipped != value and (clipped - target) ** 2 > (value - target) ** 2:
-        return (clipped - target) ** 2 / 2, 0.0
-    return (value - target) ** 2 / 2, value - target
-
-
-def test_value_loss(rng):
-    value, old_value, returns = normal(rng, 3, 200)
-    value = value.clone().requires_grad_()
-    loss = ppo_value_loss(value, old_value, returns, 0.3)
-    loss.sum().backward()
-    expected = torch.tensor([scalar_value_loss(*row, 0.3) for row in zip(value.tolist(), old_value.tolist(),
-                                                                          returns.tolist())], dtype=torch.float64)
-    torch.testing.assert_close(loss, expected[:, 0])
-    torch.testing.assert_close(value.grad, expected[:, 1])
-    clipped = expected[:, 1] == 0
-    assert clipped.sum() > 20 and (value.grad[clipped] == 0).all() and (value.grad[~clipped] != 0).all()
+def test_value_loss():
+    """From an old value of 1, within the clip and beyond it, away from the return and towards it."""
+    assert_loss_and_slope(ppo_value_loss, [1.1, 2, 2, 0, 0], ([1.0] * 5, [2.0, 3, 0, -1, 2]),
+                          loss=[0.405, 1.62, 2, 1.62, 2], slope=[-0.9, 0, 2, 0, -2])

@@ -129,21 +129,8 @@ def test_sampling_follows_the_distribution_and_never_leaves_it():
         assert extreme.gather(1, sample_token(extreme, edge)[:, None]).isfinite().all()
 
 
-# Checkpoints ---------------------------------------------------------------------------------------------------------
-
-
 def state(step):
-    return dict(step=step, w=torch.full((2000,), float(step)), config=dict(a=1, b='x', c=None, d=(1.5, True)))
-
-
-def test_checkpoints_come_back_and_the_last_two_stay(tmp_path):
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, state(step))
-    save_checkpoint(tmp_path, state(2), 'best.pt')
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['best.pt', 'ckpt_00000002.pt', 'ckpt_00000003.pt']
-    back = load_checkpoint(tmp_path)
-    assert back['step'] == 3 and torch.equal(back['w'], state(3)['w']) and back['config'] == state(3)['config']
-    assert load_checkpoint(tmp_path, 'best.pt')['step'] == load_checkpoint(tmp_path / 'ckpt_00000002.pt')['step'] == 2
+    return dict(step=step, w=torch.full((2000,), float(step)))
 
 
 def test_a_damaged_latest_checkpoint_is_passed_over(tmp_path, capsys):
@@ -184,10 +171,3 @@ def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
         with pytest.raises(Refusal):
             load_checkpoint(tmp_path)
         assert not os.path.exists('ran')
-
-
-def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path):
-    save_checkpoint(tmp_path, state(1))
-    with pytest.raises(Exception):
-        save_checkpoint(tmp_path, dict(step=2, bad=lambda: 0))
-    assert not list(tmp_path.glob('*tmp*')) and load_checkpoint(tmp_path)['step'] == 1

@@ -3,16 +3,12 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from configurator import Refusal
-from plot import COLOURS, labels, moving_average, plot, read_metrics
+from configurator import Refusal, configure
+from plot import COLOURS, Config, labels, main, moving_average, plot, read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 mpl_image = pytest.importorskip('matplotlib.image')
 
 
@@ -52,7 +48,6 @@ def test_moving_average_is_the_weighted_mean():
         for t, m in enumerate(moving_average(values, beta), 1):
             weights = [beta ** (t - i) for i in range(1, t + 1)]
             assert math.isclose(m, sum(w * x for w, x in zip(weights, values)) / sum(weights), rel_tol=1e-9)
-    assert moving_average([2.5] * 50, 0.99) == pytest.approx([2.5] * 50)
 
 
 def test_labels_are_the_options_that_differ(tmp_path):
@@ -70,11 +65,13 @@ def test_labels_are_the_options_that_differ(tmp_path):
     assert labels([c, long]) == [str(c), str(long).replace('$', r'\$')]  # too long for a legend; $ is not mathematics
 
 
-def test_one_curve_a_run(tmp_path):
-    """Every run's colour is there and no other's, and nothing is left beside the picture."""
+def test_one_curve_a_run(tmp_path, capsys):
+    """As typed. Every run's colour is there and no other's, and nothing is left beside the picture."""
     runs = [write_run(tmp_path / f't{n}', train_events(level=1 + n), taylor_order=n) for n in range(3)]
-    path = plot(runs, tmp_path / 'three.png')
-    assert path == tmp_path / 'three.png' and sorted(os.listdir(tmp_path)) == ['t0', 't1', 't2', 'three.png']
+    path = tmp_path / 'three.png'
+    main(configure(Config, [*map(str, runs), f'--path={path}']))
+    assert capsys.readouterr().out.endswith(f'saved {path}\n')
+    assert sorted(os.listdir(tmp_path)) == ['t0', 't1', 't2', 'three.png']
     assert [pixels(path, colour) > 500 for colour in COLOURS] == [True] * 3 + [False] * 4
     alone = plot([runs[1]])
     assert alone == runs[1] / 'loss.png' and pixels(alone, COLOURS[0]) > 500 and pixels(alone, COLOURS[1]) == 0
@@ -94,18 +91,6 @@ def test_preference_run(tmp_path, monkeypatch):
     assert [(0, 0.0), (1, 2.0), (2, 3.0)] in drawn
 
 
-def test_as_typed(tmp_path):
-    def typed(*args):
-        return subprocess.run([sys.executable, ROOT / 'plot.py', *args], cwd=tmp_path, text=True, timeout=60,
-                              capture_output=True)
-
-    write_run(tmp_path / 'a', train_events(), taylor_order=0)
-    write_run(tmp_path / 'b', train_events(), taylor_order=2)
-    done, nothing = typed('a', '--path=x.png', 'b'), typed()
-    assert done.returncode == 0 and done.stdout.endswith('saved x.png\n') and done.stderr == ''
-    assert nothing.returncode == 2 and nothing.stderr.startswith('there is nothing to plot; name the folders')
-
-
 @pytest.mark.parametrize('end', [b'{"event": "train", "st', b'\0' * 40])
 def test_a_broken_last_line_is_left_out(tmp_path, capsys, end):
     run = write_run(tmp_path / 'a', train_events())
@@ -121,6 +106,7 @@ def test_refusals_leave_the_old_picture(tmp_path, capsys):
     nothing = write_run(tmp_path / 'nothing', [dict(event='train', step=1, tokens=1, train_ce=math.nan)])
     old = plot([a]).read_bytes()
     (a / '.loss.png.tmp').mkdir()  # in the way of the temporary file
+    assert 'there is nothing to plot; name the folders' in ''.join(Config().check())
     for runs, path, words in (([a, tmp_path / 'gone'], '', 'gone/metrics.jsonl cannot be read .*name the folder'),
                               ([empty], '', 'holds no metrics yet'), ([nothing], '', 'hold nothing to draw'),
                               ([a, p], '', 'plot them apart'), ([a] * 8, '', '8 runs are too many'),

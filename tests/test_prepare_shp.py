@@ -130,9 +130,6 @@ def test_rankings_of_many_posts_and_a_score_ratio():
     assert [r.id for r in rankings(chain + [read_shp(row(post_id='q'))])] == ['p', 'q']
 
 
-# Text ----------------------------------------------------------------------------------------------------------------
-
-
 def test_template_boundary_and_no_injection():
     history = f' Who said "{render("x", "y")[0]}" <|endoftext|>?\n'
     answer = '\n<|endoftext|> A:\nme '
@@ -181,15 +178,6 @@ def test_flat_folder_equals_layout_and_is_deterministic(capsys):
     assert a['sha256'] == b['sha256']
     assert re.search(r'note: only train.* are read, not \S*val.jsonl\n', capsys.readouterr().out)
     assert open_dataset(Config(dataset='a')).fingerprint == open_dataset(Config(dataset='b')).fingerprint
-
-
-def test_toy_is_made_on_the_spot(monkeypatch, capsys):
-    monkeypatch.setattr(prepare_shp, 'TOY_POSTS', {'train': 40, 'validation': 5, 'test': 5})
-    data = open_dataset(Config(source='toy', overwrite=True))
-    assert data.meta['encoding'] == 'bytes' and data.meta['splits']['train']['posts'] == 40
-    before = os.stat('data/toy/train.bin').st_mtime_ns
-    assert open_dataset(Config(source='toy')).fingerprint == data.fingerprint
-    assert os.stat('data/toy/train.bin').st_mtime_ns == before
 
 
 def test_one_bad_answer_is_dropped_and_counted():
@@ -276,19 +264,12 @@ def test_cut_answers_have_no_end_of_text_and_equal_ones_are_lost():
         pick_groups(data.groups('train'), 0, 0, 2)
 
 
-def script(*args, **kwargs):
-    return subprocess.run([sys.executable, ROOT / 'prepare_shp.py', *args], capture_output=True, text=True, **kwargs)
-
-
-def test_names_and_exit_codes():
+def test_names_of_folders_and_columns():
     for name in ('../../x', '/tmp/x', '.x', 'a b', 'a\n', '..'):
         with pytest.raises(Refusal, match='folder name'):
             prepare(Config(dataset=name, source='toy'))
-    done = script('--dataset=../../x', '--source=toy')
-    assert done.returncode == 2 and 'folder name' in done.stderr and 'Traceback' not in done.stderr
-    write('bad.jsonl', [dict(question='?', reply='!')])
-    done = script('--dataset=x', '--source=bad.jsonl', '--encoding=bytes')
-    assert done.returncode == 1 and "'question', 'reply'" in done.stderr and done.stderr.count('\n') == 1
+    with pytest.raises(Refusal, match="1 of 1 rows.*columns: 'question', 'reply'"):
+        local([dict(question='?', reply='!')])
 
 
 def test_report(capsys):
@@ -355,9 +336,6 @@ def test_bad_files():
     with pytest.raises(Refusal, match='--dataset=NAME'):
         prepare(Config(source='empty'))
     assert not Path('data').exists()
-
-
-# Killed, concurrent, damaged -----------------------------------------------------------------------------------------
 
 
 def test_concurrent_prepares():
@@ -507,9 +485,6 @@ def test_groups_are_picked_in_epochs_and_subsets_keep_the_order(max_answers):
             subsets.add((i, *ranks))
     assert all(sorted(seen[n:n + 8]) == list(range(8)) for n in range(0, 72, 8))
     assert max_answers == 0 or len(subsets) > 8  # the subsets vary
-
-
-# gpt2 ----------------------------------------------------------------------------------------------------------------
 
 
 def test_gpt2_or_one_sentence():

@@ -1,9 +1,5 @@
-"""sample.py as typed, on a tiny checkpoint that babbles bytes: nothing but text may reach the terminal."""
-import os
-import subprocess
-import sys
+"""sample.py on a tiny checkpoint that babbles bytes: nothing but text may reach the terminal."""
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +8,6 @@ import sample
 from configurator import Refusal
 from model import GPT, GPTConfig
 from runs import save_checkpoint
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope='module')
@@ -61,19 +55,8 @@ def test_prompt_files(capsys, run, tmp_path):
     file.write_text('\ufeffOne?\n\nTwo\u2028?\n')
     out = printed(capsys, run, prompt='', prompt_file=str(file))
     assert '\nOne?\nA:\n' in out and '\ufeff' not in out and out.count('\nA:\n') == 2
+    assert 'give a post' in ''.join(sample.Config(out_dir=run).check())
     for content, sentence in ((b'\n \n', 'holds no post'), (b'\xff\xfe', 'cannot read')):
         file.write_bytes(content)
         with pytest.raises(Refusal, match=sentence):
             printed(capsys, run, prompt='', prompt_file=str(file))
-
-
-def test_as_typed(run):
-    def typed(*options):
-        return subprocess.run([sys.executable, str(ROOT / 'sample.py'), *options], capture_output=True, text=True,
-                              env={**os.environ, 'PYTHONUTF8': '1'})
-
-    done = typed(f'--out_dir={run}', '--prompt=Rusty kettle, help!', '--max_new_tokens=5')
-    assert done.returncode == 0 and 'best checkpoint, step 3' in done.stdout
-    assert typed(f'--out_dir={run}').returncode == 2
-    missing = typed('--out_dir=nowhere', '--prompt=x')
-    assert missing.returncode == 1 and missing.stderr.startswith('error: there is no checkpoint')

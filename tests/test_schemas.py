@@ -130,11 +130,6 @@ def test_what_does_not_fit_is_refused(reason):
         prepare_shp.read(BAD[reason], 'f:1')
 
 
-def test_refusals_name_the_columns_that_a_row_has():
-    with pytest.raises(Refusal, match="1 of 1 rows.*columns: 'question', 'reply'"):
-        local([dict(question='Hi?', reply='yes')])
-
-
 @pytest.mark.parametrize('columns, row, lost', [
     (dict(score='fine_grained_score'), dict(prompt='q', answers=[
         {'answer': a, 'overall_score': s, 'fine-grained_score': -s} for a, s in (('a', 1), ('b', 2))]),
@@ -175,35 +170,17 @@ def test_ids_of_files_of_one_name_differ():
     assert len(set(groups.ids)) == len(groups.ids) and 'a/train.json:1' in groups.ids
 
 
-# The Hub -------------------------------------------------------------------------------------------------------------
-
-
-def hub(monkeypatch, splits, wanted=('owner/name',)):
-    def load_dataset(*args, **options):
-        assert args == wanted and not options
-        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
-
-    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-
-
-def test_a_dataset_of_the_hub(monkeypatch):
-    rows = [dict(ULTRA, instruction=f'q{i}') for i in range(40)]
-    hub(monkeypatch, dict(train=rows))
-    cfg = Config(dataset='d', source='hf:owner/name', encoding='bytes')
-    meta = prepare(cfg)
-    assert meta['rows'] == {'train': {'read': 40, 'kept': 40}} and 'validation and test cut from train' in meta['rule']
-    assert meta['source'] == 'hf:owner/name'
-    groups = open_dataset(cfg).groups('train')
-    assert str(groups.ids[0]).startswith('train:') and ranked_texts(groups)[0][1:] == (['yes', 'no'], [8, 2])
-
-
 def test_the_hubs_splits_and_columns(monkeypatch):
     def rows(split, n):
         return [dict(text=f'{split} {i}', prompt_id='x', chosen=talk(f'{split} {i}', 'yes'),
                      rejected=talk(f'{split} {i}', 'no'), score_chosen=9.0, score_rejected=1.0) for i in range(n)]
 
-    hub(monkeypatch, dict(train_prefs=rows('a', 30), train_sft=rows('b', 3), test_prefs=rows('c', 4)),
-        ('owner/name', 'prefs'))
+    def load_dataset(*args):
+        assert args == ('owner/name', 'prefs')
+        splits = dict(train_prefs=rows('a', 30), train_sft=rows('b', 3), test_prefs=rows('c', 4))
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
+
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     cfg = Config(dataset='d', source='hf:owner/name:prefs', encoding='bytes')
     with pytest.raises(Refusal, match='has no split train, but train_prefs, train_sft, test_prefs; say which'):
         prepare(cfg)
@@ -236,7 +213,9 @@ def test_a_local_dataset_really_opened(monkeypatch, work):  # noqa: F811
     rows = [dict(NECTAR, prompt=f'\n\nHuman: q{i}\n\nAssistant: ') for i in range(40)]
     datasets.Dataset.from_list(rows).to_parquet('saved/train.parquet')
     cfg = Config(dataset='d', source='hf:saved', encoding='bytes')
-    prepare(cfg)
-    groups = sum((ranked_texts(open_dataset(cfg).groups(split)) for split in ('train', 'val', 'test')), [])
+    meta, data = prepare(cfg), open_dataset(cfg)
+    assert meta['source'] == 'hf:saved' and meta['rows'] == {'train': {'read': 40, 'kept': 40}}
+    assert 'validation and test cut from train' in meta['rule'] and data.groups('train').ids[0].startswith('train:')
+    groups = sum((ranked_texts(data.groups(split)) for split in ('train', 'val', 'test')), [])
     assert sorted(prompt for prompt, _, _ in groups) == sorted(render(f'q{i}', '')[0] for i in range(40))
     assert all(answers == ['yes', 'no'] for _, answers, _ in groups)

@@ -28,30 +28,23 @@ TRAIN = dict(DATASET, device='cpu', n_layer=1, n_embd=32, block_size=80, cut='ex
              warmup_iters=1, eval_interval=5, log_interval=2)
 
 
-def refused(capsys, Config, *argv):
-    with pytest.raises(SystemExit):
-        configure(Config, argv)
-    return capsys.readouterr().err
-
-
 @pytest.mark.parametrize('temperature', [0, 1e-38, 1e-300, 1e-9, 1e-3])
 def test_a_cold_sample_is_the_likeliest_token(temperature):
     assert sample_token(torch.tensor([[-5.0, 3.0, 90.0]]), torch.tensor([0.5]), temperature).tolist() == [2]
 
 
-@pytest.mark.parametrize('argv, words', [
-    (['--beta=0'], 'beta=0 makes all scores of method=dpo equal'),
-    (['--sft_order=2'], 'sft_order has no effect without sft_weight'),
-    (['--resume=True', '--out_dir=nowhere'], 'there is no run to resume in nowhere')])
-def test_options_without_effect_are_refused(capsys, argv, words):
-    assert words in refused(capsys, preference.Config, *argv)
+@pytest.mark.parametrize('script, argv, words', [
+    (preference, ['--beta=0'], 'beta=0 makes all scores of method=dpo equal'),
+    (preference, ['--sft_order=2'], 'sft_order has no effect without sft_weight'),
+    (preference, ['--resume=True', '--out_dir=nowhere'], 'there is no run to resume in nowhere'),
+    (train, ['--epochs=2', '--max_iters=9'], 'max_iters has no effect beside epochs=2.0')])
+def test_options_without_effect_are_refused(capsys, script, argv, words):
+    with pytest.raises(SystemExit):
+        configure(script.Config, argv)
+    assert words in capsys.readouterr().err
+    assert configure(train.Config, ['--epochs=0', '--max_iters=9']).max_iters == 9
     assert configure(preference.Config, ['--method=ppo', '--beta=0']).beta == 0  # no KL to the start is a choice
     assert configure(preference.Config, ['--sft_order=2', '--sft_weight=1']).sft_order == 2
-
-
-def test_max_iters_beside_epochs_is_refused(capsys):
-    assert 'max_iters has no effect beside epochs=2.0' in refused(capsys, train.Config, '--epochs=2', '--max_iters=9')
-    assert configure(train.Config, ['--epochs=0', '--max_iters=9']).max_iters == 9
 
 
 def test_notes_say_what_options_mean(tmp_path, capsys):
@@ -62,13 +55,6 @@ def test_notes_say_what_options_mean(tmp_path, capsys):
     assert 'note: all 1 steps are inside the warm-up of 1' in out and '\nstep 1/1 ' in out
     preference.main(config(tmp_path / 'b', iterations=1, inner_epochs=1, max_iters=3, eval_samples=0, eval_groups=2))
     assert 'note: max_iters=3, but iterations=1 end after 2' in capsys.readouterr().out
-
-
-def test_best_is_of_one_split(tmp_path):
-    cfg = train.Config(**dict(TRAIN, max_iters=1), out_dir=str(tmp_path))
-    train.main(cfg)
-    with pytest.raises(Refusal, match='cannot resume: eval_split is val in the checkpoint, test here'):
-        train.main(replace(cfg, resume=True, eval_split='test'))
 
 
 def test_a_block_beyond_all_texts_is_refused(tmp_path):

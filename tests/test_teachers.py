@@ -121,9 +121,6 @@ def test_a_hugging_face_model_teaches_in_text(tmp_path, monkeypatch):
         ask(run, 'somebody/small', picked)
 
 
-# Files of completions -----------------------------------------------------------------------------------------------
-
-
 def shapes(prompt, id, answer):
     """The lines in which tools write that `answer`, cut off, follows the rendered prompt of a post."""
     text, cut = prompt.removesuffix(SEPARATOR), dict(finish_reason='length')

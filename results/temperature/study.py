@@ -34,11 +34,12 @@ def main(cfg):
     for split, options in data.items():
         if not Path('data', f'study_{split}').exists():
             subprocess.run([sys.executable, HERE.parents[1] / 'prepare_shp.py', *options, *PROTOCOL[:2]], check=True)
-    with ThreadPoolExecutor(cfg.jobs) as pool:  # seed by seed, so that what is stored can be compared
-        for seed in range(3):
-            for split in data:
-                for arm in ARMS:
-                    pool.submit(one, f'{split}_{arm}_s{seed}', *ARMS[arm], *data[split], f'--seed={seed}')
+    with ThreadPoolExecutor(cfg.jobs) as pool:  # T_n first, seed by seed, so that what is stored can be compared
+        for controls in (False, True):
+            for seed in range(3):
+                for split in data:
+                    for arm in [arm for arm in ARMS if (arm not in ('t0', 't1', 't2')) == controls]:
+                        pool.submit(one, f'{split}_{arm}_s{seed}', *ARMS[arm], *data[split], f'--seed={seed}')
 
 
 def one(name, config, *options):
