@@ -189,10 +189,11 @@ def header(path):
 
 
 def help_text(Config):
-    """The script's docstring, its options by the file whose class declares them, its config files."""
+    """The script's docstring, its options by what they are for, as the classes that declare them say, its configs."""
     kinds, default, lines = get_type_hints(Config), Config(), [inspect.getdoc(sys.modules[Config.__module__])]
     for cls in [cls for cls in Config.__mro__ if inspect.get_annotations(cls)]:
-        lines += ['', f'Options of {Path(inspect.getfile(cls)).name}:']
+        about = 'Options' if cls.__doc__.startswith(f'{cls.__name__}(') else cls.__doc__.splitlines()[0].rstrip('.')
+        lines += ['', f'{about} ({Path(inspect.getfile(cls)).name}):']
         notes = dict(re.findall(r'^ +(\w+): .*# (.*)', inspect.getsource(cls), re.M))
         for key in [key for key in inspect.get_annotations(cls) if key in kinds]:  # the others were overridden
             value, kind = getattr(default, key), inspect.formatannotation(kinds.pop(key))

@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure  # not pyplot: it would look for a screen
@@ -20,18 +21,38 @@ SMOOTHING = 0.99  # of the moving average, for curves of 2500 points or more
 FEW_POINTS = 50   # below which a curve is drawn point by point, not smoothed
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#444444'  # Okabe & Ito: for all eyes
 NAMELESS = *NOT_RESUMED, 'log_interval'  # options that name no run
-TRAIN = [  # title, unit, {metric: (line, its meaning)}; over tokens
-    ('Training cross-entropy', 'nats per token', {'train_ce': ('-', 'p')}),
-    ('Validation cross-entropy', 'nats per token', {
+
+
+class Panel(NamedTuple):
+    title: str
+    unit: str
+    metrics: dict         # name: (line, its meaning)
+    baselines: dict = {}  # name of a metric of step 0, drawn as a horizontal line: its label
+    limits: tuple = None  # of the y axis
+    over: str = ''        # the metric of the x axis; '' = tokens or steps
+
+
+TRAIN = [
+    Panel('Training cross-entropy', 'nats per token', {'train_ce': ('-', 'p')}),
+    Panel('Validation cross-entropy', 'nats per token', {
         'val_ce': ('-', 'p'), 'val_ce_link': ('--', 'link(p)'), 'val_ce_leaked': (':', 'p, on leaked texts'),
         'val_ce_clean': ('-.', 'p, on the other texts')}),
-    ('Validation, temperature fitted', 'nats per token', {'val_ce_t': ('-', 'p'), 'val_ce_link_t': ('--', 'link(p)')})]
-PREFERENCE = [(title, unit, {metric: ('-', '')}) for metric, title, unit in [  # over steps
-    ('rank_accuracy', 'Ranking accuracy', 'share of held-out pairs'), ('margin', 'Margin', 'nats'),
-    ('kl', 'Square root of the KL to the start', 'sqrt(nats per answer)'), ('entropy', 'Entropy', 'nats per token'),
-    ('answer_length', 'Length of answers', 'tokens'), ('eot_rate', 'Answers that end', 'share of answers'),
-    ('true_quality', 'True quality', 'mean over answers, 0 to 1'), ('reward', 'Reward', 'mean over answers'),
-    ('loss', 'Training loss', 'nats')]]
+    Panel('Validation, temperature fitted', 'nats per token', {
+        'val_ce_t': ('-', 'p'), 'val_ce_link_t': ('--', 'link(p)')})]
+PREFERENCE = [
+    Panel('Held-out pairs in order', 'share', {'rank_accuracy': ('-', '')}, limits=(0.4, 1), baselines=dict(
+        rank_accuracy_length='length', rank_accuracy_bag='bag of tokens', rank_accuracy_truth='the truth')),
+    Panel('Log-probability of answers', 'nats', {'chosen_logp': ('-', 'chosen'), 'rejected_logp': (':', 'rejected')}),
+    Panel('Margin of a pair', 'nats', {'margin': ('-', '')}),
+    Panel('True quality', 'mean over samples', {'true_quality': ('-', '')}, limits=(0, 1), baselines=dict(
+        true_quality_best="the data's best", true_quality_data='all data', true_quality_random='random letters')),
+    Panel('True quality over distance', 'mean over samples', {'true_quality': ('-', '')}, limits=(0, 1), over='kl'),
+    Panel('Distance from the start', '√KL, √(nats an answer)', {'kl': ('-', '')}),
+    Panel('Reward', 'mean over samples', {'reward': ('-', '')}),
+    Panel('Entropy', 'nats per token', {'entropy': ('-', '')}),
+    Panel('Length of answers', 'tokens', {'answer_length': ('-', '')}),
+    Panel('Answers that end', 'share', {'eot_rate': ('-', '')}, limits=(0, 1.03)),
+    Panel('Training loss', 'nats', {'loss': ('-', '')})]
 STYLE = {'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
          'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888', 'axes.grid': True,
          'axes.labelcolor': '#555555', 'xtick.color': '#555555', 'ytick.color': '#555555', 'grid.color': '#e8e8e8',
@@ -58,9 +79,11 @@ def read_metrics(out_dir):
 
 
 def series(events, x, y):
-    """The points (x, y) of a metric in order, without those that are not finite numbers."""
+    """The points (x, y) of a metric in order, without those that are not finite numbers. Of kl the square root is
+    drawn, which grows like the distance travelled (Gao et al. 2023); an estimate may be below 0."""
     points = [(event.get(x), event.get(y)) for event in events]
-    return [p for p in points if all(isinstance(v, (int, float)) and math.isfinite(v) for v in p)]
+    points = [p for p in points if all(isinstance(v, (int, float)) and math.isfinite(v) for v in p)]
+    return [tuple(math.sqrt(max(v, 0.0)) if name == 'kl' else v for name, v in zip((x, y), p)) for p in points]
 
 
 def moving_average(values, beta):
@@ -121,41 +144,50 @@ def plot(out_dirs, path=''):
     preference, = kinds
     x = 'step' if preference else 'tokens'
     panels, meanings = [], {}
-    for title, unit, metrics in PREFERENCE if preference else TRAIN:
+    for panel in PREFERENCE if preference else TRAIN:
         curves = []
-        for metric, (line, meaning) in metrics.items():
+        for metric, (line, meaning) in panel.metrics.items():
             for events, colour in zip(runs, COLOURS):
-                points = series(events, x, metric)
-                if metric == 'kl':  # grows like the distance travelled (Gao et al. 2023); an estimate may be below 0
-                    points = [(step, math.sqrt(max(kl, 0.0))) for step, kl in points]
+                points = series(events, panel.over or x, metric)
                 if points:
                     curves.append((points, colour, line))
                     meanings[meaning] = line
         if curves:
-            panels.append((title, unit, curves))
+            panels.append((panel, curves))
     if not panels:
         raise Refusal(f'the metrics of {names} hold nothing to draw; let the run go on')
 
-    points_of = {title.split()[0]: [] for title, _, _ in panels}  # panels of one first word have one scale
-    for title, _, curves in panels:
-        points_of[title.split()[0]] += [point for points, _, _ in curves for point in points]
+    points_of = {}  # panels of one first word are compared, and have one scale
+    for panel, curves in panels:
+        points_of.setdefault(panel.title.split()[0], []).extend(p for points, _, _ in curves for p in points)
     keys = [dict(color=colour, linewidth=2, label=label) for colour, label in zip(COLOURS, labels(out_dirs))]
     if len(meanings) > 1:
-        keys += [dict(color='#888888', linestyle=line, label=meaning) for meaning, line in meanings.items()]
+        keys += [dict(color='#888888', linestyle=line, label=meaning) for meaning, line in meanings.items() if meaning]
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     room, widths = 52 * columns, [len(key['label']) + 7 for key in keys]  # in characters: what fits beside each other
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * columns, 3.1 * rows + 0.4), dpi=160, layout='constrained')
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for ax, (title, unit, curves) in zip(axes, panels):
+        for ax, (panel, curves) in zip(axes, panels):
             draw(ax, curves)
-            ax.set(title=title, xlabel=x if x == 'tokens' else 'steps', ylabel=unit)
-            ax.xaxis.set_major_formatter(EngFormatter(sep=''))
-            ax.update_datalim(points_of[title.split()[0]])
+            ax.set(title=panel.title, ylabel=panel.unit,
+                   xlabel='√KL to the start' if panel.over else x if x == 'tokens' else 'steps')
+            for metric, label in panel.baselines.items():
+                for _, y in [p for events in runs for p in series(events, 'step', metric)][:1]:
+                    ax.axhline(y, color='#888888', linewidth=1, linestyle=(0, (1, 2)))
+                    ax.annotate(label, (1, y), xycoords=('axes fraction', 'data'), ha='right', va='bottom',
+                                fontsize=7, color='#888888')
+            if not panel.over:
+                ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+            if panel.limits:
+                ax.set_ylim(panel.limits)
+                continue
+            compared = points_of[panel.title.split()[0]]
+            ax.update_datalim(compared)
             ax.autoscale_view()
-            values = [y for _, y in points_of[title.split()[0]]]
-            if unit == 'nats per token' and max(values) > 4 * min(values) > 0:  # from log V down: keep the end legible
+            values = [y for _, y in compared]
+            if panel.unit == 'nats per token' and max(values) > 4 * min(values) > 0:  # from log V down: a legible end
                 ax.set_yscale('log')
                 ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), minor_locator=NullLocator(),
                              major_formatter='{x:g}')

@@ -51,6 +51,7 @@ DOCUMENT_FILES = {'.bin': np.uint16, '_offsets.bin': np.int64, '_leaked.bin': np
 
 @dataclass(frozen=True)
 class Config(Options):
+    """The data."""
     dataset: str = ''              # folder under data/; '' = shp for the Hub, toy for the toy
     source: str = 'hub'            # hub (SHP), hf:OWNER/NAME, toy, a folder, or JSON-lines files with commas between
     columns: tuple[str, ...] = ()  # OURS:THEIRS where names differ: prompt:question,responses:replies,train:train_prefs

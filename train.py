@@ -242,7 +242,8 @@ def main(cfg, loss_of=None):
         if step != saved_step:
             save_state()
         finish(cfg, machine, stop, step, step == cfg.max_iters, time.perf_counter() - start_time,
-               f'; sample from it: python sample.py --out_dir={cfg.out_dir} --prompt={example_prompt(data)}')
+               f'; sample from it: python sample.py --out_dir={cfg.out_dir} --temperature=0.5'
+               f'{" --link=True" if order else ""} --prompt={example_prompt(data)}')
 
 
 def settle(cfg, machine, data):

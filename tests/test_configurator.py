@@ -198,7 +198,7 @@ def test_help():
     assert result.returncode == 0 and result.stderr == ''
     rows = [re.split(r'\s{2,}', line.strip()) for line in result.stdout.splitlines()]
     assert rows[-12:] == [
-        ["--source=toy", 'str', "the script's own"], [''], ['Options of test_configurator.py:'],
+        ["--source=toy", 'str', "the script's own"], [''], ['Options (test_configurator.py):'],
         ['--resume=False', 'bool', 'go on'], ['--overwrite=False', 'bool'], ['--stop_step=0', 'int'],
         ['--out_dir=out/run', 'str'], ["--name='a#b'", 'str', 'with a hash'], [''],
         ['Config files:'], ['config/a.py', 'Two minutes, loss 1.2'], ['config/bare.py']]

@@ -1,4 +1,4 @@
-"""The tables and the pictures of these runs: python results/reddit_taylor/figure.py
+"""The tables and the picture of these runs: python results/reddit_taylor/figure.py
 
 Reads runs/<data>_<arm>_s<seed>.jsonl. Every number is of a full pass over the validation texts; only the curves called
 a fixed sample are of 20 of these texts, looked at 22 times an epoch.
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 import plot  # noqa: E402
 
-DATA = dict(whole64=358, whole1024=358, row=20, post=17.75, arms=20)  # folders of README, and their steps an epoch
+DATA = dict(whole64=358, whole1024=358, arms=20)  # folders of README, and their steps an epoch
 NAMES = {'t0': 'T_0', 't1': 'T_1', 't2': 'T_2', 'lr': 'T_0, learning rate 4e-4', 'wd0.1': 'T_0, weight decay 0.1',
          'wd1': 'T_0, weight decay 1', 'wd1-t2': 'T_2, weight decay 1', 'label_smoothing': 'label smoothing 0.1',
          'focal': 'focal, gamma 2', 'dft': 'DFT', 'taylor_ce': 'TaylorCE'}
@@ -29,15 +29,10 @@ LOWEST = {'lowest': 'val_ce', 'at epoch': 'epoch', 'of link_n(p), lowest': 'lowe
 END = {'at the end': 'val_ce', 'of link_n(p)': 'val_ce_link', 'texts seen': 'val_ce_leaked', 'new texts': 'val_ce_clean',
        **SHARED}
 SEEN_AND_NEW = {'val_ce_leaked': ':', 'val_ce_clean': '-'}
-PICTURES = dict(
-    source=[('whole64', '64 channels: a fixed sample', {'probe_ce': '-'}, (2, 10)),
-            ('whole64', '64 channels: texts seen in training (dotted), new ones', SEEN_AND_NEW, (0, 14)),
-            ('whole1024', '1024 channels: a fixed sample', {'probe_ce': '-'}, (2, 10)),
-            ('whole1024', '1024 channels: texts seen in training (dotted), new ones', SEEN_AND_NEW, (0, 14))],
-    seeds=[('row', 'By row: all texts', {'val_ce': '-'}, (4, 8)),
-           ('row', 'By row: texts seen in training (dotted), new ones', SEEN_AND_NEW, (0, 12)),
-           ('post', 'By post: all texts', {'val_ce': '-'}, (6, 10)),
-           ('post', 'By post: all texts, of link_n(p)', {'val_ce_link': '-'}, (6, 10))])
+PANELS = [('whole64', '64 channels: a fixed sample', {'probe_ce': '-'}, (2, 10)),
+          ('whole64', '64 channels: texts seen in training (dotted), new ones', SEEN_AND_NEW, (0, 14)),
+          ('whole1024', '1024 channels: a fixed sample', {'probe_ce': '-'}, (2, 10)),
+          ('whole1024', '1024 channels: texts seen in training (dotted), new ones', SEEN_AND_NEW, (0, 14))]
 
 
 def read():
@@ -96,10 +91,10 @@ def table(data, arms):
                     for key in columns.values()) + ' |')
 
 
-def picture(runs, panels, path):
+def picture(runs, path):
     with matplotlib.rc_context(plot.STYLE):
         figure = Figure(figsize=(10, 7), dpi=150, layout='constrained')
-        for ax, (data, title, metrics, limits) in zip(figure.subplots(2, 2).flatten(), panels):
+        for ax, (data, title, metrics, limits) in zip(figure.subplots(2, 2).flatten(), PANELS):
             shown = [n for n in range(3) if f't{n}' in runs[data]]
             plot.draw(ax, [(plot.series(events, 'epoch', metric), plot.COLOURS[n], line) for n in shown
                            for events in runs[data][f't{n}'].values() for metric, line in metrics.items()])
@@ -114,5 +109,4 @@ if __name__ == '__main__':
     for data in DATA:
         if data in runs:
             table(data, runs[data])
-    for name, panels in PICTURES.items():
-        picture(runs, panels, HERE / f'{name}.png')
+    picture(runs, HERE / 'source.png')
