@@ -235,7 +235,7 @@ def test_an_iteration_teaches(tmp_path):
     run, _ = a_run(tmp_path, 'spin', opponents=1)
     picked = [group._replace(answers=[[*b'fine', EOT]] * 2) for group in distinct(run, 'train')]
     batch = answers.make_batch(picked, [answers.DATA, 0])
-    preference.write_iteration(run, 0, 0, dict(batch, log_p=torch.zeros(len(picked), 2)), {})
+    preference.write_iteration(run, 0, 0, dict(batch, log_p=torch.zeros(len(picked), 2)))
     path = tmp_path / 'run' / 'iterations' / '0000.jsonl'
     with pytest.raises(Refusal, match=re.escape(f'({len(picked)} problems)') + ': line 2: a second completion of'):
         ask(run, path, picked)
