@@ -96,7 +96,7 @@ def taylor_link(log_probs, n):
 def link_order(loss):
     """n where the loss is T_n with n >= 1, whose probabilities link_n maps to calibrated ones; 0 for any other loss."""
     if isinstance(loss, functools.partial) and loss.func is taylor_loss:
-        return loss.keywords.get('n', *loss.args)
+        return loss.keywords['n']
     return 0
 
 
@@ -397,7 +397,8 @@ def implicit_reward(log_p, ref_log_p, beta):
     """s = beta (log pi(y|x) - log pi_ref(y|x)): log-probabilities of whole answers (any shape, nats) -> the same shape.
 
     Up to a constant per prompt, the reward for which pi is optimal under a KL penalty of strength beta (Rafailov et al.
-    2023).
+    2023). The document that Taylor losses come from writes E = -r and T = beta; where it prints y_k in the sum of the
+    denominator, y_j is meant.
     """
     return beta * (log_p - ref_log_p)
 

@@ -18,7 +18,7 @@ from configurator import NOT_RESUMED, Options, Refusal, run
 from runs import read_events, replacing
 
 SMOOTHING = 0.99  # of the moving average, for curves of 2500 points or more
-FEW_POINTS = 50   # below which a curve is drawn point by point, not smoothed
+FEW_POINTS = 50   # below which a curve has a mark at each point; below four times as many it is not smoothed
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#444444'  # Okabe & Ito: for all eyes
 NAMELESS = *NOT_RESUMED, 'log_interval'  # options that name no run
 
@@ -40,7 +40,7 @@ TRAIN = [
     Panel('Validation, temperature fitted', 'nats per token', {
         'val_ce_t': ('-', 'p'), 'val_ce_link_t': ('--', 'link(p)')})]
 PREFERENCE = [
-    Panel('Held-out pairs in order', 'share', {'rank_accuracy': ('-', '')}, limits=(0.4, 1), baselines=dict(
+    Panel('Held-out pairs in order', 'share', {'rank_accuracy': ('-', '')}, limits=(0.4, 1.05), baselines=dict(
         rank_accuracy_length='length', rank_accuracy_bag='bag of tokens', rank_accuracy_truth='the truth')),
     Panel('Log-probability of answers', 'nats', {'chosen_logp': ('-', 'chosen'), 'rejected_logp': (':', 'rejected')}),
     Panel('Margin of a pair', 'nats', {'margin': ('-', '')}),
@@ -119,14 +119,14 @@ def draw(ax, curves):
     The average spans at most 1/25 of the longest curve: over 100 points, one of 0.99 would end far above them.
     """
     longest = max(len(points) for points, _, _ in curves)
-    beta = min(SMOOTHING, 1 - 25 / longest) if longest >= FEW_POINTS else 0
+    beta = min(SMOOTHING, 1 - 25 / longest) if longest >= 4 * FEW_POINTS else 0
     for points, colour, line in curves:
         x, y = zip(*points)
         if beta:
             ax.plot(x, y, line, color=colour, linewidth=0.8, alpha=0.3)
             ax.plot(x, moving_average(y, beta), line, color=colour, linewidth=1.7)
         else:
-            ax.plot(x, y, line, color=colour, linewidth=1.4, marker='o', markersize=3.5,
+            ax.plot(x, y, line, color=colour, linewidth=1.4, marker='o' if longest < FEW_POINTS else '', markersize=3.5,
                     markerfacecolor=colour if line == '-' else 'white')
     if beta:
         ax.set_title(f'moving average {beta:.2f}', loc='right', fontsize=8, fontweight='normal', color='#888888')
@@ -173,11 +173,14 @@ def plot(out_dirs, path=''):
             draw(ax, curves)
             ax.set(title=panel.title, ylabel=panel.unit,
                    xlabel='√KL to the start' if panel.over else x if x == 'tokens' else 'steps')
+            levels = {}  # baselines of one height share a line
             for metric, label in panel.baselines.items():
-                for _, y in [p for events in runs for p in series(events, 'step', metric)][:1]:
-                    ax.axhline(y, color='#888888', linewidth=1, linestyle=(0, (1, 2)))
-                    ax.annotate(label, (1, y), xycoords=('axes fraction', 'data'), ha='right', va='bottom',
-                                fontsize=7, color='#888888')
+                for _, y in series(runs[0], 'step', metric)[:1]:
+                    levels.setdefault(round(y, 2), []).append(label)
+            for y, names in levels.items():
+                ax.axhline(y, color='#888888', linewidth=1, linestyle=(0, (1, 2)))
+                ax.annotate(', '.join(names), (1, y), xycoords=('axes fraction', 'data'), ha='right', va='bottom',
+                            fontsize=7, color='#888888')
             if not panel.over:
                 ax.xaxis.set_major_formatter(EngFormatter(sep=''))
             if panel.limits:

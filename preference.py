@@ -61,8 +61,8 @@ class Config(RunConfig):
     beta: float = 0.1                  # dpo, spin, distill, ppo: strength of the KL to the reference
     max_answers: int = 0               # dpo, reward: answers per ranking, at random from a longer one; 0 = all
     rank_order: int = 0                # dpo, spin, distill, reward: n of T_n on the stages of a ranking
-    token_order: int = 0               # dpo, spin, distill, ppo: -T_m in place of the tokens' log p; 0 = log p
-    sft_weight: float = 0.0            # dpo, spin, distill, reward: of the best answers' language loss, a token
+    token_order: int = 0               # dpo, spin, distill, ppo: m of -T_m(p) in place of the tokens' log p; 0 = log p
+    sft_weight: float = 0.0            # dpo, spin, distill, reward: weight of the best answers' cross-entropy per token
     sft_order: int = 0                 # dpo, spin, distill, reward: n of T_n in the language loss; 0 = cross-entropy
     opponents: int = 1                 # spin: past selves that answer, the latest first
     league: str = 'tied'               # spin: tied = data above every self; ordered = later selves above earlier ones
@@ -75,14 +75,14 @@ class Config(RunConfig):
     moment_order: int = 2              # ppo: n of the renormalised reward, 2 or 3
     monotone: bool = True              # ppo: a renormalised reward keeps the order of the answers
     renormalize_over: str = 'prompt'   # ppo: prompt, or batch for all answers of an iteration at once
-    missing_eot_penalty: float = 1.0   # ppo: off the reward of an answer that did not end, before renormalising
+    missing_eot_penalty: float = 1.0   # ppo: subtracted from the reward of an answer that did not end
     gamma: float = 1.0                 # ppo: discount
-    gae_lambda: float = 0.95           # ppo: of the advantages
+    gae_lambda: float = 0.95           # ppo: lambda of GAE
     clip_range: float = 0.2            # ppo: of probability ratios and of values
     kl_stop: float = 0.1               # ppo: KL to the sampling policy, nats a token, that ends an iteration; 0 = none
     eval_groups: int = 1000            # held-out rankings that are evaluated; 0 = all
     eval_samples: int = 256            # held-out prompts that are answered; 0 = none
-    learning_rate: float = 1e-5        # after warm-up
+    learning_rate: float = 1e-5        # peak, after the warm-up
     min_lr: float = 1e-6               # at the end of the cosine; learning_rate or more = constant
     warmup_iters: int = 20             # steps of linear warm-up
     weight_decay: float = 0.0          # of matrices; biases and LayerNorms do not decay
@@ -420,7 +420,7 @@ class PPO(Method):
     def after_update(self, at, stats):
         if self.lab.cfg.kl_stop and stats['update_kl'] > self.lab.cfg.kl_stop and not at['last']:
             self.lab.machine.print(f'step {at["step"]}: KL to the sampling policy {stats["update_kl"]:.3f}, above '
-                                   'kl_stop; on with the next iteration')
+                                   'kl_stop; starting the next iteration')
             return 'next'
 
 

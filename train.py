@@ -55,7 +55,7 @@ class Config(RunConfig):
         if self.dropout >= 1:
             yield f'dropout={self.dropout} drops everything; it is a probability below 1'
         if self.n_head >= 1 and self.n_embd % self.n_head:
-            yield f'n_embd={self.n_embd} does not divide by n_head={self.n_head}; pick a multiple of {self.n_head}'
+            yield f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; pick a multiple of {self.n_head}'
         if self.epochs and {'epochs', 'max_iters'} <= self.given:
             yield f'max_iters has no effect beside epochs={self.epochs}; leave it out, or add --epochs=0'
 
@@ -162,7 +162,7 @@ def main(cfg, loss_of=None):
             model.load_state_dict(state['model'])
             updates.load_state_dict(state)
             step, tokens, seconds, best = (state[name] for name in ('step', 'tokens', 'seconds', 'best'))
-            saved_step = step or None                         # of step 0 there is no checkpoint yet
+            saved_step = step
             state.clear()                                     # a second copy of the optimizer
         machine.on_rank_0(lambda: start_files(cfg, step, loss=loss_name(loss_of)))
         metrics, start_time = Metrics(cfg, machine, step), time.perf_counter() - seconds

@@ -1,4 +1,4 @@
-"""Mean true quality of a toy run's samples (temperature 1) on 256 held-out questions, beside that of the data.
+"""Mean true quality of a toy run's samples on 256 held-out questions, at temperatures 1 and 0.5, beside the data's.
 
     python results/toy_taylor/quality.py out/toy_start out/toy_teacher
 """
@@ -9,6 +9,7 @@ from statistics import mean, stdev
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from losses import taylor_link  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare_shp import SPLIT_SEED, TOY_POSTS, encoding, render  # noqa: E402
 from runs import load_checkpoint  # noqa: E402
@@ -26,7 +27,13 @@ for folder in sys.argv[1:]:
     state = load_checkpoint(folder)
     model = GPT(GPTConfig(**state['model_config']))
     model.load_state_dict(state['model'])
+    order = state.get('link_order', 0)
     uniform = torch.rand(len(prompts), 44, generator=torch.Generator().manual_seed(0))
-    samples = model.generate(prompts, 44, eot=bytes_.eot_token, uniform=uniform)
-    found = [quality(q, bytes_.decode([id for id in s if id != bytes_.eot_token])) for q, s in zip(questions, samples)]
-    print(f'{folder}: {mean(found):.3f} +- {stdev(found) / len(found) ** 0.5:.3f} (standard error)')
+    for temperature in (1.0, 0.5):
+        for name, n in (('p', 0), ('link', order))[:2 if order else 1]:
+            samples = model.generate(prompts, 44, temperature, eot=bytes_.eot_token, uniform=uniform,
+                                     transform=lambda log_p: taylor_link(log_p, n))
+            texts = [bytes_.decode([id for id in sample if id != bytes_.eot_token]) for sample in samples]
+            found = [quality(question, text) for question, text in zip(questions, texts)]
+            print(f'{folder}, {name}, temperature {temperature}: {mean(found):.3f} +- '
+                  f'{stdev(found) / len(found) ** 0.5:.3f} (standard error)')
