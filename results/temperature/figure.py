@@ -95,7 +95,7 @@ def picture(runs, path):
                     if arm in runs[split]:
                         curve(ax, runs[split][arm], metric, colour, '-', re.sub(r'(T_\d)', r'$\1$', name))
                 ax.set(title=f'{title}: {what}', xlabel='epoch', ylabel='nats per token')
-            row[0].set_ylim(top=12 if split == 'post' else 8.5, bottom=6.5 if split == 'post' else 4.5)
+            row[0].set_ylim((6.5, 12) if split == 'post' else (3.9, 7))
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
         figure.savefig(path)
 
