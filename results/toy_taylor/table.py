@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from statistics import mean, stdev
 
-COLUMNS = {'of p': 'val_ce', 'of link(p)': 'val_ce_link', 'of p, temperature fitted': 'val_ce_t',
-           'of link(p), temperature fitted': 'val_ce_link_t', 'accuracy': 'val_accuracy', 'ECE of p': 'val_ece',
-           'ECE of link(p)': 'val_ece_link'}
-LOWEST = {'lowest of p, temperature fitted': 'val_ce_t', 'lowest of link(p), temperature fitted': 'val_ce_link_t'}
+COLUMNS = {'of p': 'val_ce', 'of link_n(p)': 'val_ce_link', 'accuracy': 'val_accuracy', 'ECE of p': 'val_ece',
+           'of link_n(p), ECE': 'val_ece_link'}
+LOWEST = {'lowest of p': 'val_ce', 'lowest of link_n(p)': 'val_ce_link'}
 
 
 def spread(values):
@@ -20,7 +19,6 @@ print('| | seeds | ' + ' | '.join([*COLUMNS, *LOWEST]) + ' |\n|' + '---|' * (2 +
 for n in range(3):
     runs = [[event for event in map(json.loads, path.read_text().splitlines()) if event['event'] == 'eval']
             for path in sorted(Path(__file__).parent.glob(f't{n}_s*.jsonl'))]
-    cells = [spread([evals[-1][key] for evals in runs]) if key in runs[0][-1] else '' for key in COLUMNS.values()]
-    cells += [spread([min(e[key] for e in evals) for evals in runs]) if key in runs[0][-1] else ''
-              for key in LOWEST.values()]
-    print(f'| T_{n} | {len(runs)} | ' + ' | '.join(cells) + ' |')
+    print(f'| T_{n} | {len(runs)} | ' + ' | '.join(
+        [*(spread([evals[-1][key] for evals in runs]) for key in COLUMNS.values()),
+         *(spread([min(e[key] for e in evals) for evals in runs]) for key in LOWEST.values())]) + ' |')
