@@ -51,7 +51,8 @@ def test_notes_say_what_options_mean(tmp_path, capsys):
     train.main(train.Config(**dict(TRAIN, max_iters=1), eval_split='train', learning_rate=1e-5,
                             out_dir=str(tmp_path / 'a')))
     out = capsys.readouterr().out
-    assert 'note: evaluations read the train split' in out and 'note: learning_rate=1e-05 stays constant' in out
+    assert 'note: evaluations, val_ce and best.pt use the train split' in out
+    assert 'note: learning_rate=1e-05 stays constant' in out
     assert 'note: the whole run (1 steps) is warm-up' in out and '\nstep 1/1 ' in out
     preference.main(config(tmp_path / 'b', iterations=1, inner_epochs=1, max_iters=3, eval_samples=0, eval_groups=2))
     assert 'note: max_iters=3, but iterations=1 end after 2' in capsys.readouterr().out
