@@ -179,7 +179,8 @@ def test_a_config_of_another_script(capsys):
 
 
 def test_a_file_that_raises(capsys):
-    assert refused(capsys, write('a.py', 'n = 3\n1 / 0'), '--n=4') == ['a.py failed: ZeroDivisionError: division by zero']
+    write('a.py', 'n = 3\n1 / 0')
+    assert refused(capsys, 'a.py', '--n=4') == ['a.py failed: ZeroDivisionError: division by zero']
 
 
 def test_sources_of_the_changed_values(capsys):

@@ -274,7 +274,8 @@ def test_report(capsys):
     write('rows.jsonl', lines + [dict(prompt='q', responses=['a', None, 'b'])])
     main(Config(dataset='d', source='rows.jsonl', encoding='bytes'))
     out = capsys.readouterr().out
-    assert all(word in out for word in ('41 read', '41 kept', '1 answers dropped: an answer is missing or null', 'posts', 'K=3'))
+    words = '41 read', '41 kept', '1 answers dropped: an answer is missing or null', 'posts', 'K=3'
+    assert all(word in out for word in words)
     assert '\x1b' not in out and '\\x1b[2J\nA:\nyes<|endoftext|>\n' in out  # a document
     assert '\n> yes<|endoftext|>\n> yyy' in out and 'y' * 900 not in out and '\n> no<|endoftext|>\n' in out
 
