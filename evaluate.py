@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import toy_shp
 from answers import (answers_of, cut_answers, cut_prompts, for_all, hidden_states, log_prob_under, make_batch, post_of,
                      rewards, sample, text_of, token_log_probs)
-from losses import calibration_gaps, plackett_luce_loss
+from losses import calibration_gaps, entropy, plackett_luce_loss
 from prepare_shp import pick_groups, visible
 from runs import read_events
 
@@ -89,8 +89,8 @@ class Evaluation:
         hidden = hidden_states(self.lab, self.policy, rows)
         with self.lab.machine.autocast():
             chunks = self.policy.log_prob_chunks(hidden.flatten(0, 1)[rows.place])
-            entropy = torch.cat([torch.special.entr(log_p.exp()).sum(-1) for log_p in chunks])
-        return dict(log_p=rows.per_answer(token_log_probs(self.lab, self.policy, hidden, rows)), entropy=entropy)
+            of_token = torch.cat([entropy(log_p) for log_p in chunks])
+        return dict(log_p=rows.per_answer(token_log_probs(self.lab, self.policy, hidden, rows)), entropy=of_token)
 
     def baselines(self):
         """How many held-out pairs cheap rankers order that never read the question, and on the toy the truth itself.

@@ -337,12 +337,17 @@ def calibration_gaps(confidence, right, lowest=0.0):
     return torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, place, confidence - right.double())
 
 
+def entropy(log_p):
+    """-sum_v p_v log p_v: (..., V) -> (...), nats. torch.special.entr takes three times as long on a CPU."""
+    return -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # 0 * -inf is no number
+
+
 def token_statistics(log_p, targets, b=None):
     """(R, V), (R,) -> (R, 4), by token: cross-entropy, whether the likeliest token is the target, its probability,
     entropy. With b = 1/t four columns more, those of `scaled_ce`."""
     confidence, likeliest = log_p.max(1)
     columns = torch.stack([-log_p.gather(1, targets[:, None])[:, 0], (likeliest == targets).to(log_p.dtype),
-                           confidence.exp(), -(log_p.exp() * log_p.clamp(min=-1e4)).sum(1)], 1)  # 0 * -inf is no number
+                           confidence.exp(), entropy(log_p)], 1)
     return columns if b is None else torch.cat([columns, scaled_ce(log_p, targets, b)], 1)
 
 

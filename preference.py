@@ -185,7 +185,7 @@ class Method:
         """Metrics beside the common ones: of fresh samples, and what `scorer` gives them, (G,) or None."""
         return {}
 
-    def after_update(self, at, stats):
+    def after_update(self, when, stats):
         """After each update -> 'next' to go on with the next iteration, 'end' to end the run, else None.
 
         Where a method has one of its own, the host waits for the stats of every update, else when a line is due.
@@ -284,22 +284,23 @@ class SPIN(Method):
         batch['log_p'] = torch.stack([log_p.get(who, torch.zeros(len(groups))) for who in ranked], 1)
         return dict(batch, ref_log_p=found['ordered']), dict(new_tokens=sampled)
 
-    def after_update(self, at, stats):
+    def after_update(self, when, stats):
         """Ends self-play where the margin of data over self, over at least MARGIN_GROUPS prompts, is within its noise.
         """
         cfg = self.lab.cfg
         # prompts not trained on yet, by a policy that has had time to leave pi_t
-        if at['updates_per_pass'] <= 2 * at['update'] < 2 * at['updates_per_pass'] and at['step'] > cfg.warmup_iters:
+        in_second_half = when['updates_per_pass'] <= 2 * when['update'] < 2 * when['updates_per_pass']
+        if in_second_half and when['step'] > cfg.warmup_iters:
             n = cfg.groups_per_step
             self.margin = [a + n * b for a, b in zip(self.margin, (1, stats['self_margin'], stats['self_square']))]
-        if not at['last'] or self.margin[0] < MARGIN_GROUPS:
+        if not when['last'] or self.margin[0] < MARGIN_GROUPS:
             return None
         mean, error = mean_and_error(*self.margin)
         self.margin = [0, 0.0, 0.0]
         stats |= dict(self_margin_mean=mean, self_margin_error=error)
         if not cfg.margin_stop or mean > cfg.margin_stop * error:
             return None
-        self.lab.machine.print(f'self-play ends after iteration {at["iteration"]}: the margin of data over self is '
+        self.lab.machine.print(f'self-play ends after iteration {when["iteration"]}: the margin of data over self is '
                                f'{mean:.4f} +- {error:.4f}, within the noise (the last loss is {stats["loss"]:.4f}, '
                                f'that of chance {stats["chance_loss"]:.4f})')
         return 'end'
@@ -417,9 +418,9 @@ class PPO(Method):
     def report(self, evaluation, batch, reward):
         return dict(reward=reward.mean().item())
 
-    def after_update(self, at, stats):
-        if self.lab.cfg.kl_stop and stats['update_kl'] > self.lab.cfg.kl_stop and not at['last']:
-            self.lab.machine.print(f'step {at["step"]}: KL to the sampling policy {stats["update_kl"]:.3f}, above '
+    def after_update(self, when, stats):
+        if self.lab.cfg.kl_stop and stats['update_kl'] > self.lab.cfg.kl_stop and not when['last']:
+            self.lab.machine.print(f'step {when["step"]}: KL to the sampling policy {stats["update_kl"]:.3f}, above '
                                    'kl_stop; starting the next iteration')
             return 'next'
 

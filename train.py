@@ -69,7 +69,8 @@ def evaluate(model, documents, rows, cfg, machine, order, stop, halves=None):
     split='row', val_ce_leaked is of documents identical to a training document, val_ce_clean of the others. Given the
     `halves` of the documents, val_ce_t is cross-entropy at temperature val_t, fitted on the other half's texts.
     """
-    names, size = ['', '_link'] if order else [''], min(cfg.micro_batch_size or cfg.batch_size, 64)
+    names = ['', '_link'] if order else ['']
+    size = min(cfg.micro_batch_size or cfg.batch_size, 64)
     model.eval()
 
     def read(rows):
@@ -101,7 +102,7 @@ def evaluate(model, documents, rows, cfg, machine, order, stop, halves=None):
     model.train()
     place = torch.cat(places).numpy()
     leaked = torch.from_numpy(documents.leaked[place]).double()
-    half = leaked if halves is None else torch.from_numpy(halves[place]).double()
+    half = torch.zeros_like(leaked) if halves is None else torch.from_numpy(halves[place]).double()
     stopped, n, n_leaked, n_half = machine.sum([stop.number, len(place), float(leaked.sum()), float(half.sum())])
     if stopped:
         return None
@@ -115,7 +116,7 @@ def evaluate(model, documents, rows, cfg, machine, order, stop, halves=None):
         metrics.setdefault('val_accuracy', right / n)
         metrics |= {'val_ce' + name: ce / n, 'val_ece' + name: sum(map(abs, rest[:ECE_BINS])) / n,
                     'val_entropy_wrong' + name: entropy / max(n - right, 1)}
-        if name in scales and 0 < n_half < n:
+        if 0 < n_half < n:
             ce_t, t = cross_fitted((rest[-8:-4], rest[-4:]), scales[name])
             metrics |= {f'val_ce{name}_t': ce_t / n, f'val_t{name}': t}
         if not name and cfg.split == 'row' and 0 < n_leaked < n:
