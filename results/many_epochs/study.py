@@ -21,7 +21,7 @@ ROWS = 300   # of train
 EVERY = 200  # steps between evaluations
 SEEDS = range(1, 6)  # on the test split; tuning has seed 0
 DATA = '--domains=askculinary', '--encoding=bytes'
-TRAINING = ('--cut=stream --block_size=128 --batch_size=8 --warmup_iters=100 --compile=False --dtype=float32 '
+TRAINING = ('--cut=stream --block_size=128 --batch_size=8 --warmup_iters=100 --compile=False --dtype=bfloat16 '
             '--log_interval=100 --overwrite=True').split()
 # what every arm chooses from, in the order of the descent, and where it starts
 GRID = dict(weight_decay=(0.1, 0.4, 0.8, 1.6, 3.2), epochs=(8, 16, 32), learning_rate=(2e-3, 4e-3))
