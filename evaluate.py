@@ -26,8 +26,8 @@ class Evaluation:
     """
 
     def __init__(self, lab, method, samples_log):
-        self.lab, self.method, self.start, self.samples_log = lab, method, method.reference, samples_log
-        self.policy, self.toy = method.trained.get('model') or method.reference, lab.cfg.source == 'toy'
+        self.lab, self.method, self.start, self.samples_log = lab, method, method.start, samples_log
+        self.policy, self.toy = method.trained.get('model') or method.start, lab.cfg.source == 'toy'
         held_out = lab.groups[lab.cfg.eval_split]
         groups, longest = pick_groups(held_out, EVAL_SEED, 0, len(held_out.prompts)), {}
         self.held = make_batch(cut_answers(lab, groups[:lab.cfg.eval_groups or None]))

@@ -305,13 +305,13 @@ def _check_elementwise(loss, device):
 
 
 def loss_name(loss):
-    """A name for the log, config.json and checkpoints: taylor_loss(n=2), focal, or of a lambda its source line."""
+    """A name for the log, config.json and checkpoints: taylor_loss(n=2), focal, or of a lambda its source."""
     if isinstance(loss, functools.partial):
         arguments = [*map(str, loss.args), *(f'{name}={value}' for name, value in loss.keywords.items())]
         return f'{loss_name(loss.func)}({", ".join(arguments)})'
     name = getattr(loss, '__name__', type(loss).__name__)
     if name == '<lambda>':
-        return inspect.getsource(loss).strip()
+        return 'lambda' + inspect.getsource(loss).partition('lambda')[2].partition('  #')[0].rstrip()
     return name
 
 

@@ -13,9 +13,7 @@ import contextlib
 import copy
 import json
 import math
-import time
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,9 +34,9 @@ from losses import (gae, implicit_reward, plackett_luce_loss, ppo_policy_loss, p
                     renormalize_reward, taylor_loss)
 from model import ScalarHead
 from prepare_shp import pick_groups
-from runs import (NUMBERED, Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, crop, decay_groups,
-                  describe, finish, load_checkpoint, load_run, lr_factor, open_run, open_start, run_notes,
-                  save_checkpoint, setup, start_files, write_whole)
+from runs import (NUMBERED, Clock, Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, crop,
+                  decay_groups, describe, finish, in_words, load_checkpoint, load_run, lr_factor, open_run, open_start,
+                  run_notes, save_checkpoint, setup, start_files, write_whole)
 
 MARGIN_GROUPS = 512  # prompts over which the margin of data over self is compared with its standard error
 
@@ -136,7 +134,7 @@ class Method:
     def __init__(self, lab):
         """Makes the modules: trained, which the loop saves and updates, and frozen ones, by name."""
         self.lab = lab
-        self.reference = make_gpt(lab.start).requires_grad_(False).to(lab.machine.device)  # pi_0
+        self.start = make_gpt(lab.start).requires_grad_(False).to(lab.machine.device)  # pi_0
         self.trained, self.frozen = dict(model=make_gpt(lab.start)), {}
         self.wrapped = {}  # the trained modules as updates call them, compiled and under DDP
 
@@ -209,7 +207,7 @@ class DPO(Method):
 
     def collect(self, iteration, step):
         lab, batch = self.lab, make_batch(self.rankings(iteration))
-        return dict(batch, ref_log_p=log_prob_under(lab, self.reference, batch, lab.cfg.token_order)['ordered']), {}
+        return dict(batch, ref_log_p=log_prob_under(lab, self.start, batch, lab.cfg.token_order)['ordered']), {}
 
 
 class RewardModel(Method):
@@ -367,7 +365,7 @@ class PPO(Method):
 
         def of_tokens(rows):
             old, ref = (token_log_probs(lab, gpt, hidden_states(lab, gpt, rows), rows)
-                        for gpt in (policy, self.reference))
+                        for gpt in (policy, self.start))
             return dict(old=old, ref=ref, value=self.token_values(self.trained['critic'], rows),
                         log_p=rows.per_answer(old))
 
@@ -558,7 +556,7 @@ def main(cfg):
                                 for name, module in {**method.trained, **method.frozen}.items()) +
                       f'\n{cfg.iterations} iteration(s) of {iteration_size(lab):,} prompts, each with '
                       f'{per_iteration} updates on {cfg.groups_per_step} prompts: {cfg.max_iters:,} updates')
-        start_time, saved_step = time.perf_counter() - seconds, at.step or None
+        clock, saved_step = Clock(seconds, at.step, at.tokens), at.step or None
 
         def save(name=None, **more):
             state = dict(described, step=at.step, tokens=at.tokens, **more,
@@ -568,10 +566,8 @@ def main(cfg):
         def save_state():
             # a resume at step 0 evaluates again, for it cuts metrics.jsonl there
             save(loop=dict(vars(at), evaluated=at.evaluated if at.step else -1), selves=lab.selves.hashes,
-                 seconds=time.perf_counter() - start_time, method=method.state_dict(), **updates.state_dict())
+                 seconds=clock.seconds(), method=method.state_dict(), **updates.state_dict())
 
-        last_line = at.tokens + at.sampled_tokens, at.step, time.perf_counter()  # of the log, for the speed since
-        evaluating = collecting = collected = 0.0             # seconds of the last of each, and of collections since
         with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
             while True:
                 done = at.ended or at.step >= cfg.max_iters
@@ -581,12 +577,10 @@ def main(cfg):
                     if at.step and at.step != saved_step:
                         save_state()
                         saved_step = at.step
-                    since = time.perf_counter()
-                    result, at.evaluated = evaluation(at.step), at.step
-                    evaluating = time.perf_counter() - since
-                    last_line = *last_line[:2], last_line[2] + evaluating
+                    with clock.part('evaluation'):
+                        result, at.evaluated = evaluation(at.step), at.step
                     metrics.write('eval', step=at.step, iteration=at.step // per_iteration, tokens=at.tokens,
-                                  sampled_tokens=at.sampled_tokens, seconds=time.perf_counter() - start_time, **result)
+                                  sampled_tokens=at.sampled_tokens, seconds=clock.seconds(), **result)
                     machine.print(f'step {at.step} evaluation: {in_words(result)}')
                     # the start is never the best; the test split selects nothing: there best.pt is the latest
                     value = result[method.best] if method.best and cfg.eval_split != 'test' else at.step
@@ -598,15 +592,13 @@ def main(cfg):
 
                 iteration, update = divmod(at.step, per_iteration)
                 if update == 0:
-                    since = time.perf_counter()
-                    batch, at.facts = method.collect(iteration, at.step)
+                    with clock.part('collection'):
+                        batch, at.facts = method.collect(iteration, at.step)
+                        machine.on_rank_0(lambda: write_iteration(lab, iteration, at.step, batch))
                     new_tokens = at.facts.pop('new_tokens', 0)
                     at.sampled_tokens += new_tokens
-                    machine.on_rank_0(lambda: write_iteration(lab, iteration, at.step, batch))
-                    collecting = time.perf_counter() - since
-                    collected += collecting
                     machine.print(f'iteration {iteration}: {len(batch["group"]):,} prompts and {new_tokens:,} sampled '
-                                  f'tokens, collected in {collecting:.1f} s')
+                                  f'tokens, collected in {clock.parts["collection"]:.1f} s')
                 rows = step_rows(lab, batch, iteration, update)
                 counts = dict(iteration=iteration, update=update, groups=len(rows),
                               tokens=int(batch['answer_length'][rows].sum()),
@@ -629,20 +621,16 @@ def main(cfg):
                     at.step, last = min((iteration + 1) * per_iteration, cfg.max_iters), True
 
                 if at.step % cfg.log_interval == 0 or last:
-                    now, total, numbers = time.perf_counter(), at.tokens + at.sampled_tokens, {**at.facts, **stats}
-                    speed = (total - last_line[0]) / (now - last_line[2])
-                    left = (cfg.max_iters - at.step) * (now - last_line[2] - collected) / (at.step - last_line[1])
-                    evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - at.evaluated // cfg.eval_interval
-                    left += evaluating * evaluations
-                    left += collecting * (math.ceil(cfg.max_iters / per_iteration) - iteration - 1)
-                    grad_norm = updates.read_norms()
+                    numbers, grad_norm = {**at.facts, **stats}, updates.read_norms()
+                    speed, left = clock.pace(
+                        at.step, at.tokens, cfg.max_iters,
+                        evaluation=math.ceil(cfg.max_iters / cfg.eval_interval) - at.evaluated // cfg.eval_interval,
+                        collection=math.ceil(cfg.max_iters / per_iteration) - iteration - 1)
                     metrics.write('train', step=at.step, tokens=at.tokens, sampled_tokens=at.sampled_tokens,
-                                  seconds=now - start_time, iteration=iteration, grad_norm=grad_norm, lr=lr,
+                                  seconds=clock.seconds(), iteration=iteration, grad_norm=grad_norm, lr=lr,
                                   tokens_per_second=speed, skipped=updates.skipped, **numbers)
                     machine.print(f'step {at.step}/{cfg.max_iters} {at.step / cfg.max_iters:.0%} {in_words(numbers)}, '
-                                  f'norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, '
-                                  f'ETA {timedelta(seconds=round(left))}')
-                    last_line, collected = (total, at.step, now), 0.0
+                                  f'norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, ETA {left}')
                 if stopped:
                     break
         if at.step != saved_step:
@@ -650,7 +638,7 @@ def main(cfg):
         done = at.ended or at.step >= cfg.max_iters
         if machine.rank == 0 and done:
             show_samples(Path(cfg.out_dir))
-        finish(cfg, machine, stop, at.step, done, time.perf_counter() - start_time)
+        finish(cfg, machine, stop, at.step, done, clock.seconds())
 
 
 def accumulate(method, updates, batch, rows, counts):
@@ -727,10 +715,6 @@ def mean_and_error(count, total, squares):
     """Mean and standard error of `count` numbers with this sum and this sum of squares."""
     mean = total / count
     return mean, math.sqrt(max(squares / count - mean ** 2, 0.0) / count)
-
-
-def in_words(numbers):
-    return ', '.join(f'{name} {value:.4f}' for name, value in numbers.items())
 
 
 if __name__ == '__main__':

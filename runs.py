@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -314,7 +315,8 @@ def describe(cfg, machine, model_config, data, optimizers, **fixed):
                            optimizers=[type(optimizer).__name__ for optimizer in optimizers],
                            eval_split=cfg.eval_split, **fixed),
                 machine=dict(ranks=machine.world_size, device=machine.device.type, dtype=str(machine.dtype),
-                             compile=machine.compile, torch=str(torch.__version__)))
+                             compile=machine.compile, torch=str(torch.__version__),
+                             model_py=f'{zlib.crc32(Path(inspect.getfile(type(model_config))).read_bytes()):08x}'))
 
 
 def check_resume(state, now):
@@ -359,6 +361,37 @@ class Metrics:
                 f.write(json.dumps(dict(event=event, **values)) + '\n')
             for show in self.viewers:
                 show(event, values)
+
+
+class Clock:
+    """Where the time of a run goes: its speed since the last line of the log, and the time it still needs."""
+
+    def __init__(self, seconds, step, tokens):
+        self.start, self.line = time.perf_counter() - seconds, (step, tokens, time.perf_counter())
+        self.parts, self.apart = {}, 0.0  # seconds of the latest of each part, and of all parts since the last line
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    @contextlib.contextmanager
+    def part(self, name):
+        """Around what is no training step: an evaluation, a collection of answers."""
+        since = time.perf_counter()
+        yield
+        self.parts[name] = time.perf_counter() - since
+        self.apart += self.parts[name]
+
+    def pace(self, step, tokens, last_step, **ahead):
+        """-> tokens trained a second, time left in words. ahead: how many parts of each name are still to come."""
+        (old_step, old_tokens, since), self.line = self.line, (step, tokens, time.perf_counter())
+        seconds, self.apart = self.line[2] - since - self.apart, 0.0
+        left = (last_step - step) * seconds / (step - old_step)
+        left += sum(count * self.parts.get(name, 0.0) for name, count in ahead.items())
+        return (tokens - old_tokens) / seconds, str(timedelta(seconds=round(left)))
+
+
+def in_words(numbers):
+    return ', '.join(f'{name} {value:.4f}' for name, value in numbers.items())
 
 
 def read_events(path):

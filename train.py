@@ -7,9 +7,7 @@
 """
 import contextlib
 import math
-import time
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -21,9 +19,9 @@ from configurator import Refusal, progress, run
 from losses import (ECE_BINS, calibration_gaps, cross_fitted, fitted_scale, linear_loss, link_order, loss_name,
                     rows_with_targets, slope_of, taylor_link, taylor_loss, to_device, token_statistics)
 from model import GPT, GPTConfig
-from runs import (Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, decay_groups, describe,
-                  example_prompt, finish, load_checkpoint, lr_factor, matmul_peak, open_run, open_start, run_notes,
-                  save_checkpoint, seed_everything, setup, start_files)
+from runs import (Clock, Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, decay_groups, describe,
+                  example_prompt, finish, in_words, load_checkpoint, lr_factor, matmul_peak, open_run, open_start,
+                  run_notes, save_checkpoint, seed_everything, setup, start_files)
 
 SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'tie_weights'  # of a model, beside block_size and dropout
 
@@ -150,6 +148,8 @@ def main(cfg, loss_of=None):
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
     order = link_order(loss_of)                               # n of T_n, n >= 1; 0 for any other loss
+    if cfg.taylor_order not in (0, order):
+        raise Refusal(f'taylor_order={cfg.taylor_order} has no effect on the loss {loss_name(loss_of)}; leave it out')
     described = dict(describe(cfg, machine, model.config, data, optimizers, loss=loss_name(loss_of)), link_order=order)
     peak = matmul_peak(machine) * machine.world_size if machine.device.type == 'cuda' else math.inf
     machine.print(f'parameters {sum(p.numel() for p in model.parameters()):,}, vocabulary {model.config.vocab_size:,}, '
@@ -166,25 +166,25 @@ def main(cfg, loss_of=None):
             saved_step = step
             state.clear()                                     # a second copy of the optimizer
         machine.on_rank_0(lambda: start_files(cfg, step, loss=loss_name(loss_of)))
-        metrics, start_time = Metrics(cfg, machine, step), time.perf_counter() - seconds
+        metrics, clock = Metrics(cfg, machine, step), Clock(seconds, step, tokens)
 
         def save(name=None, **more):
             state = dict(described, step=step, tokens=tokens, model=model.state_dict(), **more)
             machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state, name))  # all wait until the file is whole
 
         def save_state():
-            save(seconds=time.perf_counter() - start_time, best=best, **updates.state_dict())
+            save(seconds=clock.seconds(), best=best, **updates.state_dict())
 
-        last_line, evaluating = (step, tokens, time.perf_counter()), 0.0  # for the speed since then, and for ETA
         while True:
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 if step and step != saved_step:
                     save_state()
                     saved_step = step
-                since = time.perf_counter()
-                if (result := evaluate(model, held_out, eval_rows, cfg, machine, order, stop, halves)) is not None:
-                    metrics.write('eval', step=step, tokens=tokens, seconds=time.perf_counter() - start_time, **result)
-                    machine.print(f'step {step} evaluation: ' + ', '.join(f'{k} {v:.4f}' for k, v in result.items()) +
+                with clock.part('evaluation'):
+                    result = evaluate(model, held_out, eval_rows, cfg, machine, order, stop, halves)
+                if result is not None:                        # None after a signal
+                    metrics.write('eval', step=step, tokens=tokens, seconds=clock.seconds(), **result)
+                    machine.print(f'step {step} evaluation: {in_words(result)}' +
                                   (f' (log V = {math.log(model.config.vocab_size):.4f})' if step == 0 else ''))
                     if not math.isfinite(result['val_ce']):
                         machine.print('warning: the loss is not finite; the best checkpoint so far is kept; try a '
@@ -193,10 +193,10 @@ def main(cfg, loss_of=None):
                     if step and (result['val_ce'] < best or cfg.eval_split == 'test'):
                         best = result['val_ce']
                         save('best.pt', val_ce=best)
-                last_line = step, tokens, time.perf_counter()
-                evaluating = last_line[2] - since
             if cfg.probe_interval and step % cfg.probe_interval == 0:
-                if (result := evaluate(model, held_out, probe_rows, cfg, machine, 0, stop)) is not None:
+                with clock.part('probe'):
+                    result = evaluate(model, held_out, probe_rows, cfg, machine, 0, stop)
+                if result is not None:
                     metrics.write('probe', step=step, tokens=tokens, probe_ce=result['val_ce'])
             if step == cfg.max_iters or cfg.stop_step and step >= cfg.stop_step:
                 break
@@ -226,23 +226,18 @@ def main(cfg, loss_of=None):
                 sums = torch.stack([value.sum(), -log_p.sum(), slope.abs().sum()]).tolist()
                 loss, ce, weight = (total / max(count, 1) for total in machine.sum(sums))
                 grad_norm = updates.read_norms()
-                now = time.perf_counter()
-                speed = (tokens - last_line[1]) / (now - last_line[2])
-                left = (cfg.max_iters - step) * (now - last_line[2]) / (step - last_line[0])
-                evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - (step - 1) // cfg.eval_interval
-                left += evaluations * evaluating
+                speed, left = clock.pace(step, tokens, cfg.max_iters, evaluation=math.ceil(
+                    cfg.max_iters / cfg.eval_interval) - (step - 1) // cfg.eval_interval)
                 mfu = speed * model.flops_per_token(cfg.block_size) / peak
-                lr = cfg.learning_rate * lr_factor(step - 1, cfg)
-                metrics.write('train', step=step, tokens=tokens, seconds=now - start_time, train_loss=loss, train_ce=ce,
-                              grad_norm=grad_norm, taylor_weight=weight, lr=lr, tokens_per_second=speed,
-                              skipped=updates.skipped)
+                metrics.write('train', step=step, tokens=tokens, seconds=clock.seconds(), train_loss=loss, train_ce=ce,
+                              grad_norm=grad_norm, taylor_weight=weight, tokens_per_second=speed,
+                              lr=cfg.learning_rate * lr_factor(step - 1, cfg), skipped=updates.skipped)
                 machine.print(f'step {step}/{cfg.max_iters} {step / cfg.max_iters:.0%} loss {loss:.4f} ce {ce:.4f} '
                               f'norm {grad_norm:.2f} {speed / 1000:.1f}k tok/s {f"MFU {mfu:.0%} " if mfu else ""}'
-                              f'ETA {timedelta(seconds=round(left))}')
-                last_line = step, tokens, now
+                              f'ETA {left}')
         if step != saved_step:
             save_state()
-        finish(cfg, machine, stop, step, step == cfg.max_iters, time.perf_counter() - start_time,
+        finish(cfg, machine, stop, step, step == cfg.max_iters, clock.seconds(),
                f'; sample from it: python sample.py --out_dir={cfg.out_dir} --temperature=0.5'
                f'{" --link=True" if order else ""} --prompt={example_prompt(data)}')
 

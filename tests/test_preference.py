@@ -517,11 +517,11 @@ def test_evaluation_by_brute_force(tmp_path):
     policy, reference = method.trained['model'], the_start()
     shake(policy, scale=0.03)
     evaluation, calls = an_evaluation(lab, method, policy), []
-    for gpt in (policy, method.reference):
+    for gpt in (policy, method.start):
         gpt.register_forward_hook(lambda gpt, x, options, _: calls.append(gpt) if 'positions' in options else None,
                                   with_kwargs=True)
     got, again, valid = evaluation(1), evaluation(2), evaluation.held['answer_length'] > 0
-    assert got == again and (calls.count(policy), calls.count(method.reference)) == (4, 3)
+    assert got == again and (calls.count(policy), calls.count(method.start)) == (4, 3)
     log_p, ref = torch.zeros(2, *valid.shape)
     for g, k, prompt, answer in texts(evaluation.held):
         log_p[g, k], ref[g, k] = (slow_log_p(m, prompt, answer).sum() for m in (policy, reference))
