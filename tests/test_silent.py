@@ -37,7 +37,7 @@ def test_a_cold_sample_is_the_likeliest_token(temperature):
     (preference, ['--beta=0'], 'beta=0 makes all scores of method=dpo equal'),
     (preference, ['--sft_order=2'], 'sft_order has no effect without sft_weight'),
     (preference, ['--resume=True', '--out_dir=nowhere'], 'there is no run to resume in nowhere'),
-    (train, ['--epochs=2', '--max_iters=9'], 'max_iters has no effect beside epochs=2.0')])
+    (train, ['--epochs=2', '--max_iters=9'], 'max_iters has no effect with epochs=2.0')])
 def test_options_without_effect_are_refused(capsys, script, argv, words):
     with pytest.raises(SystemExit):
         configure(script.Config, argv)
