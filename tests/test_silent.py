@@ -102,7 +102,7 @@ def test_commands_that_make_data_work_as_printed(tmp_path, monkeypatch):
     for cfg in (asked, replace(asked, max_rows=3)):  # damaged; then made with other options
         with pytest.raises(Refusal) as refusal:
             prepare_shp.open_dataset(cfg)
-        _, script, *argv = shlex.split(re.search('make it anew: (.*)', str(refusal.value))[1])
+        _, script, *argv = shlex.split(re.search('make it again with: (.*)', str(refusal.value))[1])
         assert script == 'prepare_shp.py'
         prepare_shp.prepare(configure(prepare_shp.Config, argv))
         assert prepare_shp.open_dataset(cfg).meta['encoding'] == 'bytes'
