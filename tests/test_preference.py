@@ -180,8 +180,8 @@ def test_a_long_answer_takes_nothing_from_the_others(tmp_path, capsys):
     data = as_data((long, [a + [5, EOT], a + [6, EOT], [3, EOT]]), (short, [a + [EOT], a + [5, EOT], b, a]),
                    (long, [a + [5, EOT], a + [6, EOT]]), (short, [[3, EOT], [4, EOT]]))
     usable, words = answers.usable_rankings(lab, data)
-    assert words == ('2 prompts lose their beginning, 6 answers are cut, 3 answers equal a better one then and are '
-                     'left out, 1 rankings keep one answer and are dropped')
+    assert words == ('2 prompts lose their beginning, 6 answers are cut, 3 cut answers equal a better one and are '
+                     'dropped, 1 rankings keep only one answer and are dropped')
     assert usable.scores.tolist() == [0, 2, 3, 5, 9, 10] and usable.ids.tolist() == ['post0', 'post1', 'post3']
     assert usable.first.tolist() == [0, 2, 4, 6] and answers.usable_rankings(lab, usable)[1].startswith('1 prompts')
     made = SimpleNamespace(groups=lambda split: data, meta=prepare_shp.open_dataset(lab.cfg).meta)
