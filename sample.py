@@ -39,8 +39,8 @@ class Config(Options):
     def check(self):
         yield from super().check()
         if [self.prompt, self.prompt_file, self.export_hf].count('') != 2:
-            yield ('set exactly one of --prompt="..." (a post), --prompt_file=FILE (a file of posts) and --export_hf=DIR '
-                   '(a folder to write)')
+            yield ('set exactly one of --prompt="..." (a post), --prompt_file=FILE (a file of posts) and '
+                   '--export_hf=DIR (a folder to write)')
 
 
 def main(cfg):
