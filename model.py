@@ -202,7 +202,7 @@ class GPT(nn.Module):
         return answers
 
     def flops_per_token(self, T):
-        """FLOPs of a training step per token: 6 per weight in products, 12 C T per layer for attention (PaLM, app. B)."""
+        """FLOPs of training per token: 6 per weight of a product, 12 C T per layer for attention (PaLM, app. B)."""
         c = self.config
         return 6 * (12 * c.n_layer * c.n_embd ** 2 + c.padded_vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
 
