@@ -1,4 +1,4 @@
-"""Teaches a trained model preferences: one loop, five methods. Read a method, then `main`.
+"""Trains a model on preferences: one loop, five methods. Read a method, then `main`.
 
     python preference.py config/toy_dpo.py                        # Plackett-Luce DPO over K ranked answers
     python preference.py config/toy_spin.py                       # self-play against one or several past selves
@@ -7,7 +7,7 @@
     python preference.py config/toy_ppo.py                        # PPO with a renormalised reward
     torchrun --nproc_per_node=8 preference.py config/spin_shp.py  # any of them, on 8 GPUs
 
-Letters and the keys of a batch are those of answers.py. pi_0 is the start, pi_t the policy when iteration t begins.
+Letters and the keys of a batch: see answers.py. pi_0 is the start, pi_t the policy at the beginning of iteration t.
 """
 import contextlib
 import copy
@@ -38,7 +38,7 @@ from runs import (NUMBERED, Clock, Metrics, RunConfig, StopSignal, Updates, chec
                   decay_groups, describe, finish, in_words, load_checkpoint, load_run, lr_factor, open_run, open_start,
                   run_notes, save_checkpoint, setup, start_files, write_whole)
 
-MARGIN_GROUPS = 512  # prompts over which the margin of data over self is compared with its standard error
+MARGIN_GROUPS = 512  # prompts needed to compare the margin of data over self with its standard error
 
 
 @dataclass(frozen=True)
@@ -47,44 +47,44 @@ class Config(RunConfig):
     out_dir: str = 'out/preference'    # folder of checkpoints, metrics.jsonl, samples.jsonl, iterations/ and the plot
     method: str = 'dpo'                # dpo, spin, distill, reward or ppo
     init_from: str = 'out/toy_start'   # start: folder of a run or of a Hugging Face GPT-2, or gpt2, ..., gpt2-xl
-    block_size: int = 0                # crop the start's context to this many tokens; 0 = as it is
-    max_iters: int = 0                 # updates at most; 0 = those of all iterations
+    block_size: int = 0                # crop the start's context to this many tokens; 0 = do not crop
+    max_iters: int = 0                 # maximum number of updates; 0 = those of all iterations
     iterations: int = 1                # collections of answers, each followed by updates on them
-    groups_per_iteration: int = 0      # prompts collected at a time, over all ranks; 0 = all of train, held in memory
-    inner_epochs: int = 1              # passes over a collection
-    groups_per_step: int = 32          # prompts an update, over all ranks
-    micro_groups: int = 0              # prompts at a time, per rank; 0 = as many as keep attention's masks small
-    max_new_tokens: int = 128          # of a sampled answer; a prompt keeps the rest of the block
+    groups_per_iteration: int = 0      # prompts per collection, over all ranks; 0 = all of train, held in memory
+    inner_epochs: int = 1              # passes over each collection
+    groups_per_step: int = 32          # prompts per update, over all ranks
+    micro_groups: int = 0              # prompts per micro-batch and rank; 0 = as many as keep attention masks small
+    max_new_tokens: int = 128          # maximum length of a sampled answer; a prompt gets the rest of the block
     sample_batch: int = 64             # answers sampled at a time, per rank
     beta: float = 0.1                  # dpo, spin, distill, ppo: strength of the KL to the reference
-    max_answers: int = 0               # dpo, reward: answers per ranking, at random from a longer one; 0 = all
+    max_answers: int = 0               # dpo, reward: answers per ranking, a random subset of longer ones; 0 = all
     rank_order: int = 0                # dpo, spin, distill, reward: n of T_n on the stages of a ranking
-    token_order: int = 0               # dpo, spin, distill, ppo: m of -T_m(p) in place of the tokens' log p; 0 = log p
+    token_order: int = 0               # dpo, spin, distill, ppo: m of -T_m(p), used in place of log p; 0 = log p
     sft_weight: float = 0.0            # dpo, spin, distill, reward: weight of the best answers' cross-entropy per token
     sft_order: int = 0                 # dpo, spin, distill, reward: n of T_n in the language loss; 0 = cross-entropy
-    opponents: int = 1                 # spin: past selves that answer, the latest first
+    opponents: int = 1                 # spin: number of past selves that write answers, the latest first
     league: str = 'tied'               # spin: tied = data above every self; ordered = later selves above earlier ones
     anchor_first: bool = False         # spin: pi_0 is one of the opponents, the others are the latest selves
-    margin_stop: float = 2.0           # spin, distill: end where data lead self by fewer standard errors; 0 = never
+    margin_stop: float = 2.0           # spin, distill: end if data lead self by fewer standard errors; 0 = never
     teacher: str = ''                  # distill: folder of a run, JSON lines of completions, or a Hugging Face model
-    reward_read: str = 'last'          # reward: the scalar at an answer's last token, or the sum over its tokens
-    reward_model: str = ''             # ppo, and for the report of distill: folder of a reward run
-    answers_per_prompt: int = 8        # ppo: samples that a reward is renormalised over
+    reward_read: str = 'last'          # reward: last = the scalar at an answer's last token; sum = over its tokens
+    reward_model: str = ''             # ppo, and for metrics of distill: folder of a reward run
+    answers_per_prompt: int = 8        # ppo: samples per prompt, over which rewards are renormalised
     moment_order: int = 2              # ppo: n of the renormalised reward, 2 or 3
     monotone: bool = True              # ppo: a renormalised reward keeps the order of the answers
     renormalize_over: str = 'prompt'   # ppo: prompt, or batch for all answers of an iteration at once
-    missing_eot_penalty: float = 1.0   # ppo: subtracted from the reward of an answer that did not end
-    gamma: float = 1.0                 # ppo: discount
+    missing_eot_penalty: float = 1.0   # ppo: subtracted from the reward of an answer without end-of-text
+    gamma: float = 1.0                 # ppo: discount factor
     gae_lambda: float = 0.95           # ppo: lambda of GAE
-    clip_range: float = 0.2            # ppo: of probability ratios and of values
-    kl_stop: float = 0.1               # ppo: KL to the sampling policy, nats a token, that ends an iteration; 0 = none
-    eval_groups: int = 1000            # held-out rankings that are evaluated; 0 = all
-    eval_samples: int = 256            # held-out prompts that are answered; 0 = none
-    learning_rate: float = 1e-5        # peak, after the warm-up
-    min_lr: float = 1e-6               # at the end of the cosine; learning_rate or more = constant
+    clip_range: float = 0.2            # ppo: clip range of probability ratios and of values
+    kl_stop: float = 0.1               # ppo: KL to the sampling policy, nats per token, to end an iteration; 0 = none
+    eval_groups: int = 1000            # held-out rankings to evaluate; 0 = all
+    eval_samples: int = 256            # held-out prompts to sample answers to; 0 = none
+    learning_rate: float = 1e-5        # peak learning rate, after the warm-up
+    min_lr: float = 1e-6               # learning rate at the end of the cosine; learning_rate or more = constant
     warmup_iters: int = 20             # steps of linear warm-up
-    weight_decay: float = 0.0          # of matrices; biases and LayerNorms do not decay
-    compile: bool | None = False       # torch.compile the updates; rows differ in length from step to step
+    weight_decay: float = 0.0          # weight decay of matrices; biases and LayerNorms do not decay
+    compile: bool | None = False       # torch.compile the updates; the length of rows differs from step to step
 
     choices = dict(renormalize_over=('prompt', 'batch'), reward_read=('last', 'sum'), league=('tied', 'ordered'),
                    moment_order=(2, 3))
@@ -98,48 +98,48 @@ class Config(RunConfig):
         if self.max_answers == 1:
             yield 'max_answers=1 leaves nothing to rank; use 2 or more, or 0 for all'
         if not self.beta and self.method in ('dpo', 'spin', 'distill'):
-            yield f'beta=0 makes all scores of method={self.method} equal, so that nothing is learned; use a larger one'
+            yield f'beta=0 makes all scores of method={self.method} equal, so nothing is learned; use a larger beta'
         if 'sft_order' in self.given and self.sft_order and not self.sft_weight:
-            yield 'sft_order has no effect without sft_weight; set it too, or leave sft_order out'
+            yield 'sft_order has no effect without sft_weight; set sft_weight, or leave sft_order out'
         if self.anchor_first and self.opponents < 2:
-            yield 'anchor_first=True needs two opponents or more: with one, the only opponent would stay pi_0'
+            yield 'anchor_first=True needs --opponents=2 or more: a single opponent would always be pi_0'
         if self.moment_order == 3 and self.renormalize_over == 'prompt' and self.answers_per_prompt < 4:
             yield (f'moment_order=3 has no solution for answers_per_prompt={self.answers_per_prompt}: the skewness of '
                    'K numbers is at most (K-2)/sqrt(K-1); use 4 or more')
         if self.groups_per_step >= 1 and self.groups_per_iteration % self.groups_per_step:
-            yield (f'groups_per_iteration={self.groups_per_iteration} is no multiple of groups_per_step='
+            yield (f'groups_per_iteration={self.groups_per_iteration} must be a multiple of groups_per_step='
                    f'{self.groups_per_step}')
         if self.method in METHODS:
             others = {option: name for name, method in METHODS.items() for option in method.options}
             for option in sorted(self.given & others.keys() - set(METHODS[self.method].options)):
                 if getattr(self, option) != getattr(type(self)(), option):
-                    yield f'{option} has no effect in method={self.method}; leave it out'
+                    yield f'{option} has no effect with method={self.method}; leave it out'
 
 
 # Methods -------------------------------------------------------------------------------------------------------------
 
 
 class Method:
-    """What the loop asks of a method, with what most of them share: a policy, scored by its implicit reward.
+    """The interface of a method to the loop. By default a method trains a policy, scored by its implicit reward.
 
     The loss is sum_k T_n(p_k) over the stages of each ranking, averaged over the prompts of a step. sft_weight adds the
-    best answers' cross-entropy a token, sft_order makes it T_n (Pang et al. 2024; for rewards Yang et al. 2024).
-    A method of your own is a subclass in METHODS.
+    best answers' cross-entropy per token, sft_order makes it T_n (Pang et al. 2024; for rewards Yang et al. 2024).
+    To add a method, write a subclass and list it in METHODS.
     """
-    options = ()        # those of Config that only some methods read, and this one does
-    best = ''           # the metric by which best.pt is chosen; '' = the latest is the best
-    top = None          # how many stages of a ranking count; None = all
-    scorer = None       # a ScalarHead that rates the samples of an evaluation
+    options = ()        # options of Config that this method uses and some others do not
+    best = ''           # the metric that selects best.pt; '' = the latest is the best
+    top = None          # number of stages of a ranking in the loss; None = all
+    scorer = None       # a ScalarHead that scores the samples of an evaluation
 
     def __init__(self, lab):
-        """Makes the modules: trained, which the loop saves and updates, and frozen ones, by name."""
+        """Makes the modules, by name: the trained ones, which the loop updates and saves, and the frozen ones."""
         self.lab = lab
         self.start = make_gpt(lab.start).requires_grad_(False).to(lab.machine.device)  # pi_0
         self.trained, self.frozen = dict(model=make_gpt(lab.start)), {}
-        self.wrapped = {}  # the trained modules as updates call them, compiled and under DDP
+        self.wrapped = {}  # the trained modules for updates, compiled and under DDP
 
     def rankings(self, iteration):
-        """The data's rankings of an iteration, cut to fit: a list of prepare_shp.Group."""
+        """The data's rankings for an iteration, cut to the block: a list of prepare_shp.Group."""
         lab, cfg = self.lab, self.lab.cfg
         return cut_answers(lab, pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab),
                                             cfg.max_answers))
@@ -169,7 +169,7 @@ class Method:
         chance = plackett_luce_loss(torch.zeros_like(score), cfg.rank_order, valid, self.top).sum() / G
         worst = score.gather(1, valid.sum(1, keepdim=True) - 1)
         stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / G)
-        if counts['iteration'] in rows.writers:  # self-play: how well data are told from what pi_t wrote
+        if counts['iteration'] in rows.writers:  # self-play: the margin of the data over the answers of pi_t
             own = rows.batch['generator'] == counts['iteration']
             margin = score[:, 0] - score.masked_fill(~own, 0.0).sum(1)
             stats |= dict(self_margin=margin.sum() / G, self_square=margin.square().sum() / G)
@@ -180,13 +180,13 @@ class Method:
         return loss, stats
 
     def report(self, evaluation, batch, reward):
-        """Metrics beside the common ones: of fresh samples, and what `scorer` gives them, (G,) or None."""
+        """Additional metrics, from fresh samples and their rewards by `scorer`, (G,) or None."""
         return {}
 
     def after_update(self, when, stats):
-        """After each update -> 'next' to go on with the next iteration, 'end' to end the run, else None.
+        """Called after each update -> 'next' to start the next iteration, 'end' to end the run, else None.
 
-        Where a method has one of its own, the host waits for the stats of every update, else when a line is due.
+        If a method overrides it, the host waits for the stats of every update, otherwise only for log lines.
         """
 
     def state_dict(self):
@@ -196,7 +196,7 @@ class Method:
         pass
 
     def forward(self, name):
-        """A trained module: wrapped, where gradients are shared between ranks, else itself."""
+        """A trained module; the wrapped one if gradients are computed."""
         return self.wrapped[name] if torch.is_grad_enabled() else self.trained[name]
 
 
@@ -211,7 +211,7 @@ class DPO(Method):
 
 
 class RewardModel(Method):
-    """The data's rankings; the score is a scalar head's, and there is no reference."""
+    """The data's rankings, scored by a scalar head; there is no reference."""
     options = 'reward_read', 'max_answers', 'rank_order', 'sft_weight', 'sft_order'
     best = 'rank_accuracy'
 
@@ -225,7 +225,7 @@ class RewardModel(Method):
         return make_batch(self.rankings(iteration)), {}
 
     def score(self, rows):
-        """s = r, (G, K), and log p of the tokens by the trunk's language head, (M,), None where nobody needs it."""
+        """s = r, (G, K), and log p of the tokens by the trunk's language head, (M,), or None if it is not needed."""
         reward, hidden = answer_rewards(self.lab, self.scorer, self.forward('reward_model'), rows)
         sft = self.lab.cfg.sft_weight and torch.is_grad_enabled()
         return reward, token_log_probs(self.lab, self.scorer.gpt, hidden, rows) if sft else None
@@ -244,22 +244,22 @@ class SPIN(Method):
         self.top = 1 if lab.cfg.league == 'tied' else None
         self.margin = [0, 0.0, 0.0]  # of data over self: prompts, sum, sum of squares
         if lab.cfg.margin_stop and iteration_size(lab) < 2 * lab.cfg.groups_per_step:
-            lab.machine.print('note: margin_stop has no effect with one update a pass')
+            lab.machine.print('note: margin_stop has no effect with one update per pass')
         groups, limit = lab.groups['train'], lab.cfg.max_new_tokens
         if cut := (np.diff(groups.offsets)[groups.answers[groups.first[:-1]]] > limit).sum():
-            lab.machine.print(f'note: {cut:,} of {len(groups.prompts):,} best answers lose their end after '
-                              f'max_new_tokens={limit} tokens, as samples do')
+            lab.machine.print(f'note: {cut:,} of {len(groups.prompts):,} best answers are cut after '
+                              f'max_new_tokens={limit} tokens, like samples')
 
     def opponents(self, iteration):
         selves = [t for t in range(iteration, iteration - self.lab.cfg.opponents, -1) if t >= 0]
         return [*selves[:-1], 0] if self.lab.cfg.anchor_first and len(selves) > 1 else selves
 
     def written(self, groups, iteration):
-        """Answers from elsewhere, between the data's and the selves': {who: answers}."""
+        """Answers of other writers, ranked between those of the data and of the selves: {writer: answers}."""
         return {}
 
     def collect(self, iteration, step):
-        """A data answer is cut where a sampled one would be, so that neither length nor ending tells who wrote it."""
+        """Data answers are cut like sampled ones, so that neither length nor ending shows who wrote an answer."""
         lab, cfg, policy = self.lab, self.lab.cfg, self.trained['model']
         selves, device = self.opponents(iteration), lab.machine.device
         if iteration:
@@ -283,10 +283,10 @@ class SPIN(Method):
         return dict(batch, ref_log_p=found['ordered']), dict(new_tokens=sampled)
 
     def after_update(self, when, stats):
-        """Ends self-play where the margin of data over self, over at least MARGIN_GROUPS prompts, is within its noise.
+        """Ends self-play if the margin of data over self, over at least MARGIN_GROUPS prompts, is within its noise.
         """
         cfg = self.lab.cfg
-        # prompts not trained on yet, by a policy that has had time to leave pi_t
+        # prompts that are not trained on yet, and a policy that has moved away from pi_t
         in_second_half = when['updates_per_pass'] <= 2 * when['update'] < 2 * when['updates_per_pass']
         if in_second_half and when['step'] > cfg.warmup_iters:
             n = cfg.groups_per_step
@@ -299,8 +299,8 @@ class SPIN(Method):
         if not cfg.margin_stop or mean > cfg.margin_stop * error:
             return None
         self.lab.machine.print(f'self-play ends after iteration {when["iteration"]}: the margin of data over self is '
-                               f'{mean:.4f} +- {error:.4f}, within the noise (the last loss is {stats["loss"]:.4f}, '
-                               f'that of chance {stats["chance_loss"]:.4f})')
+                               f'{mean:.4f} +- {error:.4f}, within the noise (last loss {stats["loss"]:.4f}, '
+                               f'at chance {stats["chance_loss"]:.4f})')
         return 'end'
 
     def state_dict(self):
@@ -335,7 +335,7 @@ class Distillation(SPIN):
 
 
 class PPO(Method):
-    """pi_t's samples, K to a prompt, rewarded, renormalised and turned into advantages (Schulman et al. 2017)."""
+    """pi_t's samples, K per prompt; advantages come from their renormalised rewards (Schulman et al. 2017)."""
     options = ('beta', 'token_order', 'reward_model', 'answers_per_prompt', 'moment_order', 'monotone',
                'renormalize_over', 'missing_eot_penalty', 'gamma', 'gae_lambda', 'clip_range', 'kl_stop')
 
@@ -343,7 +343,7 @@ class PPO(Method):
         super().__init__(lab)
         self.scorer = frozen_reward_model(lab)
         self.frozen = dict(reward_model=self.scorer)
-        # rewards average zero for every prompt: the critic reads what the reward model reads, and gives 0 at first
+        # the critic starts from the reward model's trunk, with value 0: rewards average zero for every prompt
         self.trained['critic'] = ScalarHead(copy.deepcopy(self.scorer.gpt).requires_grad_(True))
 
     def token_values(self, forward, rows):
@@ -352,8 +352,8 @@ class PPO(Method):
         return scalar.flatten()[rows.place] + offset
 
     def collect(self, iteration, step):
-        """Token t of an answer earns -beta (log pi - log pi_0), the last one R too; advantages are whitened over all
-        tokens. Log-probabilities are those of the training path, so that the first update has ratios of 1.
+        """Token t of an answer gets the reward -beta (log pi - log pi_0), the last one R as well. Advantages are
+        whitened over all tokens. Log-probabilities come from the training path, so that the first ratios are 1.
         """
         lab, cfg, policy, K = self.lab, self.lab.cfg, self.trained['model'], self.lab.cfg.answers_per_prompt
         lab.selves.note(lab, iteration, policy, step)
@@ -393,7 +393,7 @@ class PPO(Method):
     def loss(self, rows, counts):
         """Clipped policy and value losses, averaged over the step's answer tokens. The KL is part of the reward.
 
-        token_order m puts -T_m(p) in the place of log p in the ratio; what is reported is of the true log p.
+        With token_order m, -T_m(p) replaces log p in the ratio; the metrics use the true log p.
         """
         cfg, batch, M = self.lab.cfg, rows.batch, counts['tokens']
         hidden = hidden_states(self.lab, self.forward('model'), rows)
@@ -411,7 +411,7 @@ class PPO(Method):
                          update_kl=(log_ratio.expm1() - log_ratio).sum() / M)  # >= 0 and unbiased, Schulman's k3
             if counts['update'] == 0:
                 stats['ratio_first'] = log_ratio.exp().sum() / M
-        return policy_loss + value_loss, stats  # two modules with a gradient each: the sum needs no weights
+        return policy_loss + value_loss, stats  # two separate modules: the sum needs no weights
 
     def report(self, evaluation, batch, reward):
         return dict(reward=reward.mean().item())
@@ -425,21 +425,21 @@ class PPO(Method):
 
 METHODS = dict(dpo=DPO, spin=SPIN, distill=Distillation, reward=RewardModel, ppo=PPO)
 __doc__ += '\nMethods:\n' + ''.join(  # for --help
-    f'\n    {name:<10} {method.__doc__.splitlines()[0]}\n{"":<15}reads {", ".join(method.options)}'
+    f'\n    {name:<10} {method.__doc__.splitlines()[0]}\n{"":<15}options: {", ".join(method.options)}'
     for name, method in METHODS.items())
 
 
 def frozen_reward_model(lab):
     cfg, state = lab.cfg, load_run(lab.cfg, 'reward_model', lab.encoding)
     if 'reward_model' not in state:
-        raise Refusal(f'reward_model={cfg.reward_model} is no reward model; name the folder of a run of method=reward')
+        raise Refusal(f'reward_model={cfg.reward_model} is not a reward model; name a run of method=reward')
     scorer, block = make_scorer(state).requires_grad_(False), state['model_config']['block_size']
     if not scorer.head.weight.any():
-        raise Refusal(f'reward_model={cfg.reward_model} is untrained: it gives 0 to every answer; continue it with '
+        raise Refusal(f'reward_model={cfg.reward_model} is untrained: every reward is 0; continue its training with '
                       '--resume=True')
     if block < lab.block_size:
-        raise Refusal(f'reward_model={cfg.reward_model} reads {block} tokens, and the policy writes up to '
-                      f'{lab.block_size}; train one from a start with as large a block')
+        raise Refusal(f"reward_model={cfg.reward_model} has a block of {block} tokens, smaller than the policy's "
+                      f'{lab.block_size}; train one from a start with a block of that size')
     return scorer
 
 
@@ -452,7 +452,7 @@ def open_teacher(lab):
 
 
 def iteration_size(lab):
-    """Prompts of an iteration: cfg's number, or as many whole updates as one pass over the data fills."""
+    """Prompts per iteration: groups_per_iteration, or, if it is 0, the whole updates in one pass over the data."""
     cfg, rankings = lab.cfg, len(lab.groups['train'].prompts)
     if not rankings:
         raise Refusal(f'no ranking has two answers that differ within the block of {lab.block_size} tokens; use a '
@@ -477,10 +477,10 @@ def step_rows(lab, batch, iteration, update):
 
 
 def write_iteration(lab, iteration, step, batch):
-    """iterations/<i>.pt, which a resume reads, and, where answers were sampled, .jsonl, which people read."""
+    """Writes iterations/<i>.pt, for a resume, and, if answers were sampled, <i>.jsonl, for people."""
     out = Path(lab.cfg.out_dir)
     steps = [int(path.stem.removeprefix('ckpt_')) for path in checkpoints(out)]
-    oldest = min(steps, default=0) // updates_per_iteration(lab)  # that a checkpoint may ask for
+    oldest = min(steps, default=0) // updates_per_iteration(lab)  # the oldest iteration that a resume may need
     path = save_checkpoint(out / 'iterations', dict(step=step, batch=batch), f'{iteration:04d}.pt')
     for folder, first, last in (('iterations', 0, oldest), ('selves', 1, oldest - lab.cfg.opponents + 1)):
         for old in (out / folder).glob('*.pt'):
@@ -505,7 +505,7 @@ def write_iteration(lab, iteration, step, batch):
 def read_iteration(lab, iteration):
     path = Path(lab.cfg.out_dir) / 'iterations' / f'{iteration:04d}.pt'
     if not path.is_file():
-        raise Refusal(f'{path} is missing, and its answers cannot be sampled again: start anew with --overwrite=True')
+        raise Refusal(f'{path} is missing, and its answers cannot be sampled again; start again with --overwrite=True')
     return load_checkpoint(path)['batch']
 
 
@@ -514,12 +514,12 @@ def read_iteration(lab, iteration):
 
 def main(cfg):
     machine = setup(cfg.device, cfg.dtype, cfg.compile)
-    machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where they are missing
+    machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data if they are missing
     data = prepare_shp.open_dataset(cfg)
     lab = open_lab(cfg, machine, data)
     cfg, per_iteration = lab.cfg, updates_per_iteration(lab)
     method = METHODS[cfg.method](lab)
-    watches = type(method).after_update is not Method.after_update  # it wants the numbers of every update
+    watches = type(method).after_update is not Method.after_update  # it needs the stats of every update
     for module in (*method.trained.values(), *method.frozen.values()):
         module.to(machine.device)
     optimizers = [torch.optim.AdamW(decay_groups(method.trained.values(), cfg), lr=cfg.learning_rate, fused=True)]
@@ -561,17 +561,17 @@ def main(cfg):
         def save(name=None, **more):
             state = dict(described, step=at.step, tokens=at.tokens, **more,
                          **{name: module.state_dict() for name, module in method.trained.items()})
-            machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state, name))  # all wait until the file is whole
+            machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state, name))  # all wait until it is written
 
         def save_state():
-            # a resume at step 0 evaluates again, for it cuts metrics.jsonl there
+            # a resume at step 0 evaluates again, because it removes that line of metrics.jsonl
             save(loop=dict(vars(at), evaluated=at.evaluated if at.step else -1), selves=lab.selves.hashes,
                  seconds=clock.seconds(), method=method.state_dict(), **updates.state_dict())
 
         with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
             while True:
                 done = at.ended or at.step >= cfg.max_iters
-                # a method may skip steps, so that a multiple of eval_interval is passed and not met
+                # a method may skip steps, and with them a multiple of eval_interval
                 if (done and at.evaluated < at.step
                         or at.step // cfg.eval_interval > at.evaluated // cfg.eval_interval):
                     if at.step and at.step != saved_step:
@@ -582,7 +582,7 @@ def main(cfg):
                     metrics.write('eval', step=at.step, iteration=at.step // per_iteration, tokens=at.tokens,
                                   sampled_tokens=at.sampled_tokens, seconds=clock.seconds(), **result)
                     machine.print(f'step {at.step} evaluation: {in_words(result)}')
-                    # the start is never the best; the test split selects nothing: there best.pt is the latest
+                    # step 0 is never the best; nothing is selected on the test split: there best.pt is the latest
                     value = result[method.best] if method.best and cfg.eval_split != 'test' else at.step
                     if at.step and value > at.best:
                         at.best = value
@@ -642,26 +642,26 @@ def main(cfg):
 
 
 def accumulate(method, updates, batch, rows, counts):
-    """The gradient of a step's prompts, this rank's share of them in micro-batches -> the sums of their stats."""
+    """Accumulates the gradient of a step over this rank's micro-batches -> the sums of their stats."""
     lab, totals = method.lab, {}
     parts = micro_batches(lab, batch, rows)
     for i, part in enumerate(parts):
         with contextlib.ExitStack() as stack:
-            if lab.machine.world_size > 1 and i + 1 < len(parts):  # gradients are shared once a step
+            if lab.machine.world_size > 1 and i + 1 < len(parts):  # DDP averages once per step
                 for module in method.wrapped.values():
                     stack.enter_context(module.no_sync())
             loss, stats = method.loss(pack(select(batch, part), lab.machine.device), counts)
-            updates.backward(loss * lab.machine.world_size)  # DDP averages over ranks; the mean of the step is wanted
+            updates.backward(loss * lab.machine.world_size)  # undoes DDP's average over ranks
         for name, value in stats.items():
             totals[name] = totals.get(name, 0.0) + value.detach()
     return totals
 
 
 def open_lab(cfg, machine, data):
-    """-> Lab. Refuses what does not fit before an earlier run is overwritten."""
+    """-> Lab. Raises Refusal if options do not fit, before an earlier run is overwritten."""
     if cfg.groups_per_step < machine.world_size:
-        raise Refusal(f'groups_per_step={cfg.groups_per_step} prompts are fewer than {machine.world_size} ranks; use '
-                      f'--groups_per_step={machine.world_size} or more')
+        raise Refusal(f'groups_per_step={cfg.groups_per_step} is less than the number of ranks, {machine.world_size}; '
+                      f'use --groups_per_step={machine.world_size} or more')
     encoding = prepare_shp.encoding(data.meta['encoding'])
     if cfg.resume and checkpoints(cfg.out_dir):
         start = crop(load_checkpoint(Path(cfg.out_dir) / 'selves' / '0000.pt'), cfg.block_size, cfg.out_dir)
@@ -676,31 +676,31 @@ def open_lab(cfg, machine, data):
     for split in dict.fromkeys(['train', cfg.eval_split]):
         lab.groups[split], words = usable_rankings(lab, data.groups(split))
         if words:
-            machine.print(f'note: of the rankings of {split}, in a block of {block_size} tokens with max_new_tokens='
+            machine.print(f'note: rankings of {split}, with a block of {block_size} tokens and max_new_tokens='
                           f'{cfg.max_new_tokens}: {words}')
     if start.get('link_order'):
         machine.print(f'note: {cfg.init_from} was trained with T_{start["link_order"]}: its probabilities are '
-                      'under-confident by design, and answers are sampled from them as they are')
+                      'under-confident by design, and answers are sampled from them without the link')
     cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * updates_per_iteration(lab)))
     if lab.cfg.max_iters > cfg.max_iters:
-        machine.print(f'note: max_iters={lab.cfg.max_iters}, but iterations={cfg.iterations} end after {cfg.max_iters}')
+        machine.print(f'note: max_iters={lab.cfg.max_iters} is more than the {cfg.max_iters} updates of all iterations')
     if cfg.max_iters < 20:
-        machine.print(f'note: {cfg.max_iters} update(s) in all; a smaller groups_per_step, or more iterations or '
-                      'inner_epochs, make more')
+        machine.print(f'note: only {cfg.max_iters} update(s) in total; for more, use a smaller groups_per_step or more '
+                      'iterations or inner_epochs')
     for note in run_notes(cfg):
         machine.print(f'note: {note}')
     return lab._replace(cfg=cfg)
 
 
 def what_stays(lab, method):
-    """What must not change between a run and its resume, beside the model and the data."""
+    """What must not change in a resume, besides the model and the data."""
     names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs'
     return dict({name: getattr(lab.cfg, name) for name in names}, start=lab.selves.hashes[0][:12],
                 **{name: weights_hash(module.state_dict())[:12] for name, module in method.frozen.items()})
 
 
 def start_folders(lab, step):
-    """iterations/ and selves/, on rank 0; a new run finds them empty and keeps pi_0."""
+    """Makes iterations/ and selves/. A new run empties them and saves pi_0."""
     iterations, selves = (Path(lab.cfg.out_dir) / name for name in ('iterations', 'selves'))
     for folder in (iterations, selves):
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Trains a GPT on text. Read it top to bottom: options, evaluation, then `main`, which ends in the loop.
+"""Trains a GPT on text. Read it from top to bottom: options, evaluation, then `main`, which ends in the loop.
 
     python train.py config/toy_t2.py                              # embedded data, any CPU
     torchrun --nproc_per_node=8 train.py config/t2_shp.py         # stanfordnlp/SHP on 8 GPUs
@@ -23,25 +23,25 @@ from runs import (Clock, Metrics, RunConfig, StopSignal, Updates, check_resume, 
                   example_prompt, finish, in_words, load_checkpoint, lr_factor, matmul_peak, open_run, open_start,
                   run_notes, save_checkpoint, seed_everything, setup, start_files)
 
-SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'tie_weights'  # of a model, beside block_size and dropout
+SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'tie_weights'  # options that a start determines
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
     """Model and training."""
-    batch_size: int = 32          # sequences a step, over all ranks and micro-batches
-    micro_batch_size: int = 0     # sequences at a time, per rank, as memory allows; 0 = the rank's whole share
-    block_size: int = 128         # tokens of context; that of a start is cropped to it
-    init_from: str = ''           # start: a run's folder, a Hugging Face GPT-2's, or gpt2, ..., gpt2-xl; '' = random
+    batch_size: int = 32          # sequences per step, over all ranks and micro-batches
+    micro_batch_size: int = 0     # sequences per micro-batch and rank, as memory allows; 0 = the rank's whole share
+    block_size: int = 128         # context length in tokens; a longer context of the start is cropped
+    init_from: str = ''           # start: folder of a run or a Hugging Face GPT-2, or gpt2, ..., gpt2-xl; '' = random
     cut: str = 'stream'           # stream: random windows of packed text; examples: each document from its start
-    max_iters: int = 1000         # steps in all, unless epochs is set
-    epochs: float = 0.0           # passes over the training text; 0 = max_iters counts
+    max_iters: int = 1000         # number of steps, unless epochs is set
+    epochs: float = 0.0           # passes over the training text; 0 = train for max_iters steps
     n_layer: int = 2              # transformer blocks; with init_from the start sets the shape
-    n_head: int = 2               # attention heads; divides n_embd
+    n_head: int = 2               # attention heads; must divide n_embd
     n_embd: int = 128             # channels
-    dropout: float = 0.0          # in the residual stream and in attention
-    bias: bool = True             # in linear layers and LayerNorms
-    tie_weights: bool = True      # the head is the token embedding
+    dropout: float = 0.0          # dropout in the residual stream and in attention
+    bias: bool = True             # biases in linear layers and LayerNorms
+    tie_weights: bool = True      # the head shares the weights of the token embedding
     taylor_order: int = 0         # n of the Taylor loss T_n; 0 = cross-entropy
     probe_interval: int = 0       # steps between evaluations on batch_size sequences of eval_split; 0 = none
 
@@ -51,21 +51,21 @@ class Config(RunConfig):
     def check(self):
         yield from super().check()
         if self.dropout >= 1:
-            yield f'dropout={self.dropout} drops everything; it is a probability below 1'
+            yield f'dropout={self.dropout} is a probability; it must be below 1'
         if self.n_head >= 1 and self.n_embd % self.n_head:
             yield f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; pick a multiple of {self.n_head}'
         if self.epochs and {'epochs', 'max_iters'} <= self.given:
-            yield f'max_iters has no effect beside epochs={self.epochs}; leave it out, or add --epochs=0'
+            yield f'max_iters has no effect with epochs={self.epochs}; leave max_iters out, or add --epochs=0'
 
 
 @torch.no_grad()
 def evaluate(model, documents, rows, cfg, machine, order, stop, halves=None):
-    """Metrics over the sequences `rows` of a split, shared among ranks; None after a signal.
+    """Metrics over the sequences `rows` of a split, divided among the ranks; None after a signal.
 
-    For p, and for order n >= 1 for link_n(p) too: val_ce, cross-entropy in nats per token; val_ece, expected
-    calibration error; val_entropy_wrong, mean entropy where the likeliest token is wrong. val_accuracy is top-1. Under
-    split='row', val_ce_leaked is of documents identical to a training document, val_ce_clean of the others. Given the
-    `halves` of the documents, val_ce_t is cross-entropy at temperature val_t, fitted on the other half's texts.
+    For p, and for order n >= 1 also for link_n(p): val_ce, cross-entropy in nats per token; val_ece, expected
+    calibration error; val_entropy_wrong, mean entropy where the likeliest token is wrong. val_accuracy is top-1. With
+    split='row', val_ce_leaked is over documents identical to a training document, val_ce_clean over the others. Given
+    the `halves` of the documents, val_ce_t is cross-entropy at temperature val_t, which is fitted on the other half.
     """
     names = ['', '_link'] if order else ['']
     size = min(cfg.micro_batch_size or cfg.batch_size, 64)
@@ -77,7 +77,7 @@ def evaluate(model, documents, rows, cfg, machine, order, stop, halves=None):
 
     with machine.autocast():
         scales = {}
-        if halves is not None:  # a first 1/t, from 512 tokens of 64 sequences, the same on every rank
+        if halves is not None:  # a first estimate of 1/t from 512 tokens of 64 sequences, the same on every rank
             spread = rows[::max(1, len(rows) // 64)][:64]
             hidden, targets, _ = map(torch.cat, zip(*(read(spread[i:i + size]) for i in range(0, len(spread), size))))
             some = slice(None, None, -(-len(hidden) // 512))
@@ -85,12 +85,12 @@ def evaluate(model, documents, rows, cfg, machine, order, stop, halves=None):
             targets = targets[some].split(len(log_p[0]))
             scales = {name: fitted_scale(list(zip(log_q, targets)))
                       for name, log_q in zip(names, (log_p, [taylor_link(chunk, order) for chunk in log_p]))}
-        found = {name: [torch.zeros(0, 8 if scales else 4)] for name in names}  # of each token
-        places = [torch.zeros(0, dtype=torch.int64)]                            # its document
+        found = {name: [torch.zeros(0, 8 if scales else 4)] for name in names}  # statistics of each token
+        places = [torch.zeros(0, dtype=torch.int64)]                            # document of each token
         firsts = range(machine.rank * size, len(rows), machine.world_size * size)
         for first in progress(firsts, 'evaluating', machine.print):
             if stop.number:
-                break  # the ranks leave together, at the sum below
+                break  # all ranks return together, after the sum below
             hidden, targets, document = read(rows[first:first + size])
             places.append(document)
             for log_p in model.log_prob_chunks(hidden):
@@ -124,10 +124,10 @@ def evaluate(model, documents, rows, cfg, machine, order, stop, halves=None):
 
 def main(cfg, loss_of=None):
     machine = setup(cfg.device, cfg.dtype, cfg.compile)
-    machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where they are missing
+    machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data if they are missing
     data = prepare_shp.open_dataset(cfg)
     documents, held_out = data.documents('train'), data.documents(cfg.eval_split)
-    halves = data.halves(cfg.eval_split)                      # of its posts, for the temperature
+    halves = data.halves(cfg.eval_split)                      # to fit the temperature
     cfg, start = settle(cfg, machine, data)                   # options that depend on the data and on the start
     eval_rows = range(prepare_shp.eval_length(held_out, cfg.cut, cfg.block_size))
     count = min(cfg.batch_size, len(eval_rows))               # sequences of a probe, spread over the split
@@ -164,13 +164,13 @@ def main(cfg, loss_of=None):
             updates.load_state_dict(state)
             step, tokens, seconds, best = (state[name] for name in ('step', 'tokens', 'seconds', 'best'))
             saved_step = step
-            state.clear()                                     # a second copy of the optimizer
+            state.clear()                                     # frees the second copy of the optimizer state
         machine.on_rank_0(lambda: start_files(cfg, step, loss=loss_name(loss_of)))
         metrics, clock = Metrics(cfg, machine, step), Clock(seconds, step, tokens)
 
         def save(name=None, **more):
             state = dict(described, step=step, tokens=tokens, model=model.state_dict(), **more)
-            machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state, name))  # all wait until the file is whole
+            machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state, name))  # all wait until it is written
 
         def save_state():
             save(seconds=clock.seconds(), best=best, **updates.state_dict())
@@ -189,7 +189,7 @@ def main(cfg, loss_of=None):
                     if not math.isfinite(result['val_ce']):
                         machine.print('warning: the loss is not finite; the best checkpoint so far is kept; try a '
                                       'smaller learning_rate')
-                    # the start is never the best; the test split selects nothing: there best.pt is the latest
+                    # step 0 is never the best; nothing is selected on the test split: there best.pt is the latest
                     if step and (result['val_ce'] < best or cfg.eval_split == 'test'):
                         best = result['val_ce']
                         save('best.pt', val_ce=best)
@@ -214,7 +214,7 @@ def main(cfg, loss_of=None):
                         hidden, targets = rows_with_targets(forward(to_device(idx, machine.device)), targets)
                         loss, log_p = linear_loss(hidden, model.lm_head.weight, targets, loss_of,
                                                   model.config.vocab_size)
-                    # DDP averages over ranks; wanted is the mean over all targets of the step
+                    # DDP averages over ranks, but the loss is the mean over all targets of the step
                     updates.backward(loss * (machine.world_size / max(count, 1)))
                 log_ps.append(log_p)
             updates.clip_and_step(step + 1, save_state)
@@ -243,16 +243,16 @@ def main(cfg, loss_of=None):
 
 
 def settle(cfg, machine, data):
-    """Options that depend on the data and on the start -> cfg, start: what init_from names, or {}.
+    """Sets the options that depend on the data and on the start -> cfg, start (the weights of init_from, or {}).
 
-    Refuses what does not fit before an earlier run is overwritten.
+    Raises Refusal if they do not fit, before an earlier run is overwritten.
     """
     if cfg.batch_size < machine.world_size:
-        raise Refusal(f'batch_size={cfg.batch_size} sequences are fewer than {machine.world_size} ranks; use '
+        raise Refusal(f'batch_size={cfg.batch_size} is less than the number of ranks, {machine.world_size}; use '
                       f'--batch_size={machine.world_size} or more')
     cfg = replace(cfg, source=data.meta['source'], columns=tuple(data.meta['columns']))
     documents = data.documents('train')
-    prepare_shp.lm_batch(documents, cfg.cut, cfg.block_size, cfg.seed, 0, 1)  # refuses data too short for a batch
+    prepare_shp.lm_batch(documents, cfg.cut, cfg.block_size, cfg.seed, 0, 1)  # raises Refusal if the data are too short
     if cfg.epochs:
         passes = len(documents.offsets) - 1 if cfg.cut == 'examples' else len(documents.tokens) / cfg.block_size
         cfg = replace(cfg, max_iters=math.ceil(cfg.epochs * passes / cfg.batch_size))
@@ -260,27 +260,27 @@ def settle(cfg, machine, data):
         machine.print(f'note: {note}')
     if not cfg.init_from:
         return cfg, {}
-    if cfg.resume and checkpoints(cfg.out_dir):  # the weights are in the checkpoint: the shape alone counts
+    if cfg.resume and checkpoints(cfg.out_dir):  # the weights are in the checkpoint: only the shape is needed
         start = dict(model_config=load_checkpoint(cfg.out_dir)['model_config'])
     else:
         start = open_start(cfg, prepare_shp.encoding(data.meta['encoding']))
     cfg = replace(cfg, **{name: start['model_config'][name] for name in SHAPE})
-    machine.print(f'start {cfg.init_from}, which sets the shape: '
+    machine.print(f'start from {cfg.init_from}, which sets the shape: '
                   + ', '.join(f'{name}={getattr(cfg, name)}' for name in SHAPE))
     return cfg, start
 
 
 def notes(cfg, documents):
-    """What may make a run mean something else than its options seem to say: a sentence each."""
+    """A sentence for each option whose effect may differ from what its value suggests."""
     tokens, lengths = len(documents.tokens), np.diff(documents.offsets)
     if cfg.block_size > (8 if cfg.cut == 'examples' else 64) * lengths.max():
         raise Refusal(f'block_size={cfg.block_size}, but no document is longer than {lengths.max()} tokens; use '
                       f'--block_size={lengths.max()}')
     if cfg.cut == 'examples':
         if cut := (lengths > cfg.block_size + 1).mean():
-            yield f'{cut:.0%} of the documents are longer than the block, and their end-of-text is never seen'
+            yield f'{cut:.0%} of the documents are longer than block_size and lose their end-of-text'
     if cfg.batch_size * cfg.block_size > tokens:
-        yield (f'a step reads {cfg.batch_size} x {cfg.block_size} tokens, more than the {tokens:,} of the training '
+        yield (f'a step uses {cfg.batch_size} x {cfg.block_size} tokens, more than the {tokens:,} of the training '
                'text; a smaller --batch_size makes steps faster')
     yield from run_notes(cfg)
 
