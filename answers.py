@@ -252,10 +252,10 @@ def answer_log_prob(rows, log_p, token_order):
 
 
 def log_prob_under(lab, model, batch, token_order=0):
-    """All answers under a frozen model: dict(log_p, ordered = its replacement under token_order), (G, K) each."""
+    """All answers under a frozen model: dict(log_p, taylor = -sum T_m(p), m = token_order), (G, K) each."""
     def function(rows):
         log_p = token_log_probs(lab, model, hidden_states(lab, model, rows), rows)
-        return dict(log_p=rows.per_answer(log_p), ordered=answer_log_prob(rows, log_p, token_order))
+        return dict(log_p=rows.per_answer(log_p), taylor=answer_log_prob(rows, log_p, token_order))
     return for_all(lab, batch, function)
 
 

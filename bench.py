@@ -33,7 +33,7 @@ from answers import Lab, make_batch
 from configurator import Options, Refusal, run
 from losses import linear_loss, plackett_luce_loss, rows_with_targets, taylor_loss, to_device
 from model import GPT, GPTConfig, ScalarHead
-from preference import METHODS, accumulate, step_rows
+from preference import METHODS, accumulate, step_prompts
 from preference import Config as PreferenceConfig
 from runs import DEVICES, Updates, decay_groups, matmul_peak, setup, synchronize, write_whole
 from train import Config as TrainConfig
@@ -254,7 +254,7 @@ def iteration(cfg, machine, name, prompt=256, answer=64, steps=4):
         def call():
             batch, _ = method.collect(0, 0)
             for update in range(steps):
-                rows = step_rows(lab, batch, 0, update)
+                rows = step_prompts(lab, batch, 0, update)
                 counts = dict(tokens=int(batch['answer_length'][rows].sum()), groups=len(rows))
                 stats = accumulate(method, updates, batch, rows, dict(counts, iteration=0, update=update))
                 updates.clip_and_step(1, None)

@@ -46,7 +46,7 @@ class Evaluation:
         lab, held, valid = self.lab, self.held, self.held['answer_length'] > 0
         if 'ref_log_p' not in held:
             of_start = log_prob_under(lab, self.start, held, lab.cfg.token_order)
-            held |= dict(log_p=of_start['log_p'], ref_log_p=of_start['ordered'])
+            held |= dict(log_p=of_start['log_p'], ref_log_p=of_start['taylor'])
         found = for_all(lab, held, self.method.judge)
         score, log_p = found['score'], found.get('log_p', held['log_p'])  # a reward run has no policy but the start
         accuracy, margin, ece = pair_statistics(score, valid)

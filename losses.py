@@ -412,15 +412,17 @@ def plackett_luce_log_prob(scores, valid=None):
     """log p_k = s_k - logsumexp_{j>=k} s_j, the k-th choice of a ranking: scores (..., K), best first -> (..., K).
 
     valid (..., K) bool, the valid answers first; an invalid score may be anything, its stage and gradient are 0.
-    The last stage is certain: 0. K = 2 is Bradley-Terry. Plackett 1975; Luce 1959.
+    The last stage is certain: 0. K = 2 is Bradley-Terry. Plackett 1975; Luce 1959. Plain version:
+
+        log_p = scores - scores.flip(-1).logcumsumexp(-1).flip(-1)
     """
     if valid is None:
         valid = torch.ones_like(scores, dtype=torch.bool)
     # finite, since -inf - -inf is NaN
     lowest = torch.finfo(scores.dtype).min
     # a shift changes no probability, and preserves the digits of large scores
-    top = scores.detach().masked_fill(~valid, lowest).amax(-1, keepdim=True)
-    scores = (scores - top).masked_fill(~valid, lowest)
+    largest = scores.detach().masked_fill(~valid, lowest).amax(-1, keepdim=True)
+    scores = (scores - largest).masked_fill(~valid, lowest)
     worse = scores.flip(-1).logcumsumexp(-1).flip(-1)[..., 1:]
     # logsigmoid also preserves the digits of a nearly certain stage
     log_p = F.pad(F.logsigmoid(scores[..., :-1] - worse), (0, 1))

@@ -174,7 +174,7 @@ class GPT(nn.Module):
         rows = list(range(len(prompts)))  # prompts whose answers have not ended, in batch order
         hidden = self(idx, cache=cache)[torch.arange(len(prompts), device=device), length - 1]
         cache.length = length             # padding follows, which each row's new tokens overwrite
-        if device.type in GRAPHED and transform is on_token is None:
+        if device.type in GRAPHED and transform is None and on_token is None:
             from extras import graphs
             answers = graphs.decode(self, prompts, cache, hidden, uniform, max_new_tokens, temperature, top_k, eot)
             self.train(was_training)
@@ -184,13 +184,12 @@ class GPT(nn.Module):
             if transform is not None:
                 logits = transform(logits.log_softmax(-1))
             token = sample_token(logits, uniform[rows, t], temperature, top_k)
-            running = []
-            for i, (b, id) in enumerate(zip(rows, token.tolist())):
+            for b, id in zip(rows, token.tolist()):
                 answers[b].append(id)
                 if on_token is not None:
                     on_token(b, id)
-                if id != eot and len(prompts[b]) + len(answers[b]) < self.config.block_size:
-                    running.append(i)
+            running = [i for i, b in enumerate(rows) if answers[b][-1] != eot
+                       and len(prompts[b]) + len(answers[b]) < self.config.block_size]
             if not running:
                 break
             if len(running) < len(rows):

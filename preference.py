@@ -1,4 +1,4 @@
-"""Trains a model on preferences: one loop, five methods. Read a method, then `main`.
+"""Trains a model on preferences: one loop, five methods. Read `main`, then a method.
 
     python preference.py config/toy_dpo.py                        # Plackett-Luce DPO over K ranked answers
     python preference.py config/toy_spin.py                       # self-play against one or several past selves
@@ -15,7 +15,6 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import configurator
 import prepare_shp
+import runs
 from answers import (DATA, TEACHER, Lab, Selves, Stopped, answer_log_prob, answer_rewards, answers_of, cut_answers,
                      cut_prompts, for_all, hidden_states, log_prob_under, make_batch, make_gpt, make_scorer,
                      micro_batches, pack, post_of, rewards, sample, select, text_of, token_log_probs,
@@ -34,15 +34,12 @@ from losses import (gae, implicit_reward, plackett_luce_loss, ppo_policy_loss, p
                     renormalize_reward, taylor_loss)
 from model import ScalarHead
 from prepare_shp import pick_groups
-from runs import (NUMBERED, Clock, Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, crop,
-                  decay_groups, describe, finish, in_words, load_checkpoint, load_run, lr_factor, open_run, open_start,
-                  run_notes, save_checkpoint, setup, start_files, write_whole)
 
 MARGIN_GROUPS = 512  # prompts needed to compare the margin of data over self with its standard error
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(runs.RunConfig):
     """Method and training."""
     out_dir: str = 'out/preference'    # folder of checkpoints, metrics.jsonl, samples.jsonl, iterations/ and the plot
     method: str = 'dpo'                # dpo, spin, distill, reward or ppo
@@ -116,6 +113,207 @@ class Config(RunConfig):
                     yield f'{option} has no effect with method={self.method}; leave it out'
 
 
+# The loop ------------------------------------------------------------------------------------------------------------
+
+
+def main(cfg):
+    machine = runs.setup(cfg.device, cfg.dtype, cfg.compile)
+    machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data if they are missing
+    data = prepare_shp.open_dataset(cfg)
+    lab = open_lab(cfg, machine, data)
+    cfg, per_iteration = lab.cfg, updates_per_iteration(lab)
+    method = METHODS[cfg.method](lab)
+    modules = list(method.trained.values())
+    for module in (*modules, *method.frozen.values()):
+        module.to(machine.device)
+    optimizers = [torch.optim.AdamW(runs.decay_groups(modules, cfg), lr=cfg.learning_rate, fused=True)]
+    updates = runs.Updates(optimizers, modules, cfg, machine)
+    for name, module in method.trained.items():
+        module = torch.compile(module, dynamic=True) if machine.compile else module
+        if machine.world_size > 1:
+            module = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        method.wrapped[name] = module
+
+    described = runs.describe(cfg, machine, modules[0].config, data, optimizers, **what_stays(lab, method))
+    described |= {f'{name}_config': vars(module.config) for name, module in method.trained.items()}
+    step, tokens, sampled_tokens, best, next_eval, ended, facts, seconds = 0, 0, 0, -math.inf, 0, False, {}, 0.0
+    with runs.open_run(cfg, machine) as state, lab.stop as stop:
+        if state is not None:
+            machine.print(f'resumed at step {state["step"]} ({runs.check_resume(state, described)})')
+            for name, module in method.trained.items():
+                module.load_state_dict(state[name])
+            updates.load_state_dict(state)
+            method.load_state_dict(state['method'])
+            step, tokens, sampled_tokens, best, next_eval, ended, facts = state['loop']
+            seconds, lab.selves.hashes = state['seconds'], state['selves']
+            if step % per_iteration:
+                batch = read_iteration(lab, step // per_iteration)
+            state.clear()
+        machine.on_rank_0(lambda: runs.start_files(cfg, step))
+        machine.on_rank_0(lambda: start_folders(lab, step))
+        metrics, samples_log = runs.Metrics(cfg, machine, step), runs.Metrics(cfg, machine, step, 'samples.jsonl')
+        evaluation = Evaluation(lab, method, samples_log)
+        machine.print(f'{cfg.method}: ' +
+                      ', '.join(f'{name} of {sum(p.numel() for p in module.parameters()):,} parameters'
+                                for name, module in {**method.trained, **method.frozen}.items()) +
+                      f'\n{cfg.iterations} iteration(s) of {iteration_size(lab):,} prompts, each with '
+                      f'{per_iteration} updates on {cfg.groups_per_step} prompts: {cfg.max_iters:,} updates')
+        clock, saved_step = runs.Clock(seconds, step, tokens), step or None
+
+        def save(name=None, **more):
+            state = dict(described, step=step, tokens=tokens, **more,
+                         **{name: module.state_dict() for name, module in method.trained.items()})
+            machine.on_rank_0(lambda: runs.save_checkpoint(cfg.out_dir, state, name))  # all wait until it is written
+
+        def save_state():
+            # a resume at step 0 evaluates again, because it removes that line of metrics.jsonl
+            loop = step, tokens, sampled_tokens, best, next_eval if step else 0, ended, facts
+            save(loop=loop, selves=lab.selves.hashes, seconds=clock.seconds(), method=method.state_dict(),
+                 **updates.state_dict())
+
+        with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
+            while True:
+                done = ended or step >= cfg.max_iters
+                if step >= next_eval or done:                 # a method may skip steps
+                    if step and step != saved_step:
+                        save_state()
+                        saved_step = step
+                    with clock.part('evaluation'):
+                        result = evaluation(step)
+                    next_eval = (step // cfg.eval_interval + 1) * cfg.eval_interval
+                    metrics.write('eval', step=step, iteration=step // per_iteration, tokens=tokens,
+                                  sampled_tokens=sampled_tokens, seconds=clock.seconds(), **result)
+                    machine.print(f'step {step} evaluation: {runs.in_words(result)}')
+                    # step 0 is never the best; nothing is selected on the test split: there best.pt is the latest
+                    value = result[method.best] if method.best and cfg.eval_split != 'test' else step
+                    if step and value > best:
+                        best = value
+                        save('best.pt')
+                if done or cfg.stop_step and step >= cfg.stop_step:
+                    break
+
+                iteration, update = divmod(step, per_iteration)
+                if update == 0:
+                    with clock.part('collection'):
+                        batch, facts = method.collect(iteration, step)
+                        machine.on_rank_0(lambda: write_iteration(lab, iteration, step, batch))
+                    new_tokens = facts.pop('new_tokens', 0)
+                    sampled_tokens += new_tokens
+                    machine.print(f'iteration {iteration}: {len(batch["group"]):,} prompts and {new_tokens:,} sampled '
+                                  f'tokens, collected in {clock.parts["collection"]:.1f} s')
+                picked = step_prompts(lab, batch, iteration, update)
+                length = batch['answer_length'][picked]
+                counts = dict(iteration=iteration, update=update, groups=len(picked), tokens=int(length.sum()),
+                              best_tokens=int(length[:, 0].sum()))
+                stats = accumulate(method, updates, batch, picked, counts)
+                lr = cfg.learning_rate * runs.lr_factor(step, cfg)
+                updates.clip_and_step(step + 1, save_state)
+                step, tokens = step + 1, tokens + counts['tokens']
+                last = step % per_iteration == 0
+                stopped, = machine.sum([stop.number])
+                if update == 0 or last or step % cfg.log_interval == 0 or method.after_update:
+                    stats = dict(zip(stats, machine.sum(torch.stack(list(stats.values())).tolist())))
+                facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
+                if step == 1:
+                    machine.print(f'first update: {runs.in_words(stats)}')
+                verdict = method.after_update and method.after_update(
+                    dict(iteration=iteration, update=update, step=step, last=last,
+                         updates_per_pass=per_iteration // cfg.inner_epochs), stats)
+                ended = verdict == 'end'
+                if verdict == 'next':
+                    step, last = min((iteration + 1) * per_iteration, cfg.max_iters), True
+
+                if step % cfg.log_interval == 0 or last:
+                    numbers, grad_norm = {**facts, **stats}, updates.read_norms()
+                    speed, left = clock.pace(
+                        step, tokens, cfg.max_iters,
+                        evaluation=math.ceil(cfg.max_iters / cfg.eval_interval) - next_eval // cfg.eval_interval + 1,
+                        collection=math.ceil(cfg.max_iters / per_iteration) - iteration - 1)
+                    metrics.write('train', step=step, tokens=tokens, sampled_tokens=sampled_tokens,
+                                  seconds=clock.seconds(), iteration=iteration, grad_norm=grad_norm, lr=lr,
+                                  tokens_per_second=speed, skipped=updates.skipped, **numbers)
+                    machine.print(f'step {step}/{cfg.max_iters} {step / cfg.max_iters:.0%} {runs.in_words(numbers)}, '
+                                  f'norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, ETA {left}')
+                if stopped:
+                    break
+        if step != saved_step:
+            save_state()
+        done = ended or step >= cfg.max_iters
+        if machine.rank == 0 and done:
+            show_samples(Path(cfg.out_dir))
+        runs.finish(cfg, machine, stop, step, done, clock.seconds())
+
+
+def accumulate(method, updates, batch, picked, counts):
+    """Accumulates the gradient of a step over this rank's micro-batches -> the sums of their stats."""
+    lab, totals = method.lab, {}
+    parts = micro_batches(lab, batch, picked)
+    for i, part in enumerate(parts):
+        with contextlib.ExitStack() as stack:
+            if lab.machine.world_size > 1 and i + 1 < len(parts):  # DDP averages once per step
+                for module in method.wrapped.values():
+                    stack.enter_context(module.no_sync())
+            loss, stats = method.loss(pack(select(batch, part), lab.machine.device), counts)
+            updates.backward(loss * lab.machine.world_size)  # undoes DDP's average over ranks
+        for name, value in stats.items():
+            totals[name] = totals.get(name, 0.0) + value.detach()
+    return totals
+
+
+def open_lab(cfg, machine, data):
+    """-> Lab. Raises Refusal if options do not fit, before an earlier run is overwritten."""
+    if cfg.groups_per_step < machine.world_size:
+        raise Refusal(f'groups_per_step={cfg.groups_per_step} is less than the number of ranks, {machine.world_size}; '
+                      f'use --groups_per_step={machine.world_size} or more')
+    encoding = prepare_shp.encoding(data.meta['encoding'])
+    if cfg.resume and runs.checkpoints(cfg.out_dir):
+        start = runs.crop(runs.load_checkpoint(Path(cfg.out_dir) / 'selves' / '0000.pt'), cfg.block_size, cfg.out_dir)
+    else:
+        start = runs.open_start(cfg, encoding)
+    block_size, cfg = start['model_config']['block_size'], replace(cfg, source=data.meta['source'],
+                                                                   columns=tuple(data.meta['columns']))
+    if cfg.max_new_tokens >= block_size:
+        raise Refusal(f'max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in the block of {block_size} '
+                      f'tokens of {cfg.init_from}; use --max_new_tokens={block_size // 2} or less')
+    lab = Lab(cfg, machine, encoding, {}, block_size, runs.StopSignal(), start, Selves(cfg.out_dir, start))
+    for split in dict.fromkeys(['train', cfg.eval_split]):
+        lab.groups[split], words = usable_rankings(lab, data.groups(split))
+        if words:
+            machine.print(f'note: rankings of {split}, with a block of {block_size} tokens and max_new_tokens='
+                          f'{cfg.max_new_tokens}: {words}')
+    if start.get('link_order'):
+        machine.print(f'note: {cfg.init_from} was trained with T_{start["link_order"]}: its probabilities are '
+                      'under-confident by design, and answers are sampled from them without the link')
+    cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * updates_per_iteration(lab)))
+    if lab.cfg.max_iters > cfg.max_iters:
+        machine.print(f'note: max_iters={lab.cfg.max_iters} is more than the {cfg.max_iters} updates of all iterations')
+    if cfg.max_iters < 20:
+        machine.print(f'note: only {cfg.max_iters} update(s) in total; for more, use a smaller groups_per_step or more '
+                      'iterations or inner_epochs')
+    for note in runs.run_notes(cfg):
+        machine.print(f'note: {note}')
+    return lab._replace(cfg=cfg)
+
+
+def what_stays(lab, method):
+    """What must not change in a resume, besides the model and the data."""
+    names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs'
+    return dict({name: getattr(lab.cfg, name) for name in names}, start=lab.selves.hashes[0][:12],
+                **{name: weights_hash(module.state_dict())[:12] for name, module in method.frozen.items()})
+
+
+def start_folders(lab, step):
+    """Makes iterations/ and selves/. A new run empties them and saves pi_0."""
+    iterations, selves = (Path(lab.cfg.out_dir) / name for name in ('iterations', 'selves'))
+    for folder in (iterations, selves):
+        folder.mkdir(exist_ok=True)
+    if step == 0:
+        kept = runs.save_checkpoint(selves, dict(lab.start, step=0), '0000.pt')
+        for path in (*iterations.glob(runs.NUMBERED), *selves.glob(runs.NUMBERED)):
+            if path != kept:
+                path.unlink()
+
+
 # Methods -------------------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +328,7 @@ class Method:
     best = ''           # the metric that selects best.pt; '' = the latest is the best
     top = None          # number of stages of a ranking in the loss; None = all
     scorer = None       # a ScalarHead that scores the samples of an evaluation
+    after_update = None  # or (when, stats) -> 'next' iteration, 'end' of the run, or None; a GPU waits for the stats
 
     def __init__(self, lab):
         """Makes the modules, by name: the trained ones, which the loop updates and saves, and the frozen ones."""
@@ -183,12 +382,6 @@ class Method:
         """Additional metrics, from fresh samples and their rewards by `scorer`, (G,) or None."""
         return {}
 
-    def after_update(self, when, stats):
-        """Called after each update -> 'next' to start the next iteration, 'end' to end the run, else None.
-
-        If a method overrides it, the host waits for the stats of every update, otherwise only for log lines.
-        """
-
     def state_dict(self):
         return {}
 
@@ -207,7 +400,7 @@ class DPO(Method):
 
     def collect(self, iteration, step):
         lab, batch = self.lab, make_batch(self.rankings(iteration))
-        return dict(batch, ref_log_p=log_prob_under(lab, self.start, batch, lab.cfg.token_order)['ordered']), {}
+        return dict(batch, ref_log_p=log_prob_under(lab, self.start, batch, lab.cfg.token_order)['taylor']), {}
 
 
 class RewardModel(Method):
@@ -280,7 +473,7 @@ class SPIN(Method):
         found = log_prob_under(lab, policy, batch, cfg.token_order)
         log_p[iteration] = found['log_p'][:, list(ranked).index(iteration)]
         batch['log_p'] = torch.stack([log_p.get(who, torch.zeros(len(groups))) for who in ranked], 1)
-        return dict(batch, ref_log_p=found['ordered']), dict(new_tokens=sampled)
+        return dict(batch, ref_log_p=found['taylor']), dict(new_tokens=sampled)
 
     def after_update(self, when, stats):
         """Ends self-play if the margin of data over self, over at least MARGIN_GROUPS prompts, is within its noise.
@@ -361,7 +554,7 @@ class PPO(Method):
         answers = sample(lab, policy, [group.prompt for group in groups for _ in range(K)], iteration, iteration)
         batch = make_batch([group._replace(answers=answers[i * K:(i + 1) * K]) for i, group in enumerate(groups)],
                            iteration)
-        length = batch['answer_length'].flatten().tolist()
+        length = batch['answer_length'].flatten()
 
         def of_tokens(rows):
             old, ref = (token_log_probs(lab, gpt, hidden_states(lab, gpt, rows), rows)
@@ -377,9 +570,9 @@ class PPO(Method):
 
         log_ratio = found['old'] - found['ref']
         reward = -cfg.beta * log_ratio
-        reward[torch.tensor(length).cumsum(0) - 1] += renormalized.reward.flatten()
-        padded = [pad_sequence(x.split(length), batch_first=True) for x in (reward, found['value'])]
-        inside = torch.arange(max(length)) < torch.tensor(length)[:, None]
+        reward[length.cumsum(0) - 1] += renormalized.reward.flatten()  # at the last token of each answer
+        padded = [pad_sequence(x.split(length.tolist()), batch_first=True) for x in (reward, found['value'])]
+        inside = torch.arange(length.max()) < length[:, None]
         advantage = gae(*padded, inside, cfg.gamma, cfg.gae_lambda)[inside]
         returns = advantage + found['value']
         std = advantage.std(correction=0)
@@ -388,7 +581,7 @@ class PPO(Method):
                      explained_variance=1 - std ** 2 / returns.var(correction=0).clamp(min=1e-12))
         batch |= dict(log_p=found['log_p'], reward=raw, old_log_p=found['old'], value=found['value'], returns=returns,
                       advantage=(advantage - advantage.mean()) / (std + 1e-8))
-        return batch, dict({name: fact.item() for name, fact in facts.items()}, new_tokens=sum(length))
+        return batch, dict({name: fact.item() for name, fact in facts.items()}, new_tokens=len(reward))
 
     def loss(self, rows, counts):
         """Clipped policy and value losses, averaged over the step's answer tokens. The KL is part of the reward.
@@ -430,7 +623,7 @@ __doc__ += '\nMethods:\n' + ''.join(  # for --help
 
 
 def frozen_reward_model(lab):
-    cfg, state = lab.cfg, load_run(lab.cfg, 'reward_model', lab.encoding)
+    cfg, state = lab.cfg, runs.load_run(lab.cfg, 'reward_model', lab.encoding)
     if 'reward_model' not in state:
         raise Refusal(f'reward_model={cfg.reward_model} is not a reward model; name a run of method=reward')
     scorer, block = make_scorer(state).requires_grad_(False), state['model_config']['block_size']
@@ -446,6 +639,12 @@ def frozen_reward_model(lab):
 def open_teacher(lab):
     from extras import teachers
     return teachers.open_teacher(lab.cfg, lab.encoding, lab.groups['train'])
+
+
+def mean_and_error(count, total, squares):
+    """Mean and standard error of `count` numbers with this sum and this sum of squares."""
+    mean = total / count
+    return mean, math.sqrt(max(squares / count - mean ** 2, 0.0) / count)
 
 
 # Iterations ----------------------------------------------------------------------------------------------------------
@@ -468,7 +667,7 @@ def updates_per_iteration(lab):
     return lab.cfg.inner_epochs * (iteration_size(lab) // lab.cfg.groups_per_step)
 
 
-def step_rows(lab, batch, iteration, update):
+def step_prompts(lab, batch, iteration, update):
     """The prompts of an update: a part of a permutation that is a function of (seed, iteration, epoch)."""
     count, size = len(batch['group']), lab.cfg.groups_per_step
     epoch, part = divmod(update, count // size)
@@ -479,9 +678,9 @@ def step_rows(lab, batch, iteration, update):
 def write_iteration(lab, iteration, step, batch):
     """Writes iterations/<i>.pt, for a resume, and, if answers were sampled, <i>.jsonl, for people."""
     out = Path(lab.cfg.out_dir)
-    steps = [int(path.stem.removeprefix('ckpt_')) for path in checkpoints(out)]
+    steps = [int(path.stem.removeprefix('ckpt_')) for path in runs.checkpoints(out)]
     oldest = min(steps, default=0) // updates_per_iteration(lab)  # the oldest iteration that a resume may need
-    path = save_checkpoint(out / 'iterations', dict(step=step, batch=batch), f'{iteration:04d}.pt')
+    path = runs.save_checkpoint(out / 'iterations', dict(step=step, batch=batch), f'{iteration:04d}.pt')
     for folder, first, last in (('iterations', 0, oldest), ('selves', 1, oldest - lab.cfg.opponents + 1)):
         for old in (out / folder).glob('*.pt'):
             if old.stem.isdigit() and first <= int(old.stem) < last:
@@ -499,222 +698,14 @@ def write_iteration(lab, iteration, step, batch):
             line |= dict(reward=batch['reward'][g, k].item()) if 'reward' in batch else dict(rank=k)
             line |= dict(log_prob=batch['log_p'][g, k].item()) if t >= 0 else {}
             lines.append(json.dumps(line) + '\n')
-    write_whole(path.with_suffix('.jsonl'), ''.join(lines))
+    runs.write_whole(path.with_suffix('.jsonl'), ''.join(lines))
 
 
 def read_iteration(lab, iteration):
     path = Path(lab.cfg.out_dir) / 'iterations' / f'{iteration:04d}.pt'
     if not path.is_file():
         raise Refusal(f'{path} is missing, and its answers cannot be sampled again; start again with --overwrite=True')
-    return load_checkpoint(path)['batch']
-
-
-# The loop ------------------------------------------------------------------------------------------------------------
-
-
-def main(cfg):
-    machine = setup(cfg.device, cfg.dtype, cfg.compile)
-    machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data if they are missing
-    data = prepare_shp.open_dataset(cfg)
-    lab = open_lab(cfg, machine, data)
-    cfg, per_iteration = lab.cfg, updates_per_iteration(lab)
-    method = METHODS[cfg.method](lab)
-    watches = type(method).after_update is not Method.after_update  # it needs the stats of every update
-    for module in (*method.trained.values(), *method.frozen.values()):
-        module.to(machine.device)
-    optimizers = [torch.optim.AdamW(decay_groups(method.trained.values(), cfg), lr=cfg.learning_rate, fused=True)]
-    updates = Updates(optimizers, list(method.trained.values()), cfg, machine)
-    for name, module in method.trained.items():
-        module = torch.compile(module, dynamic=True) if machine.compile else module
-        if machine.world_size > 1:
-            module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-        method.wrapped[name] = module
-
-    configs = {f'{name}_config': vars(module.config) for name, module in method.trained.items()}
-    described = dict(configs, **describe(cfg, machine, next(iter(method.trained.values())).config, data, optimizers,
-                                         **what_stays(lab, method)))
-    at, seconds = SimpleNamespace(step=0, tokens=0, sampled_tokens=0, best=-math.inf, evaluated=-1, ended=False,
-                                  facts={}), 0.0
-    with open_run(cfg, machine) as state, lab.stop as stop:
-        if state is not None:
-            machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
-            for name, module in method.trained.items():
-                module.load_state_dict(state[name])
-            updates.load_state_dict(state)
-            method.load_state_dict(state['method'])
-            vars(at).update(state['loop'])
-            seconds, lab.selves.hashes = state['seconds'], state['selves']
-            if at.step % per_iteration:
-                batch = read_iteration(lab, at.step // per_iteration)
-            state.clear()
-        machine.on_rank_0(lambda: start_files(cfg, at.step))
-        machine.on_rank_0(lambda: start_folders(lab, at.step))
-        metrics, samples_log = Metrics(cfg, machine, at.step), Metrics(cfg, machine, at.step, 'samples.jsonl')
-        evaluation = Evaluation(lab, method, samples_log)
-        machine.print(f'{cfg.method}: ' +
-                      ', '.join(f'{name} of {sum(p.numel() for p in module.parameters()):,} parameters'
-                                for name, module in {**method.trained, **method.frozen}.items()) +
-                      f'\n{cfg.iterations} iteration(s) of {iteration_size(lab):,} prompts, each with '
-                      f'{per_iteration} updates on {cfg.groups_per_step} prompts: {cfg.max_iters:,} updates')
-        clock, saved_step = Clock(seconds, at.step, at.tokens), at.step or None
-
-        def save(name=None, **more):
-            state = dict(described, step=at.step, tokens=at.tokens, **more,
-                         **{name: module.state_dict() for name, module in method.trained.items()})
-            machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state, name))  # all wait until it is written
-
-        def save_state():
-            # a resume at step 0 evaluates again, because it removes that line of metrics.jsonl
-            save(loop=dict(vars(at), evaluated=at.evaluated if at.step else -1), selves=lab.selves.hashes,
-                 seconds=clock.seconds(), method=method.state_dict(), **updates.state_dict())
-
-        with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
-            while True:
-                done = at.ended or at.step >= cfg.max_iters
-                # a method may skip steps, and with them a multiple of eval_interval
-                if (done and at.evaluated < at.step
-                        or at.step // cfg.eval_interval > at.evaluated // cfg.eval_interval):
-                    if at.step and at.step != saved_step:
-                        save_state()
-                        saved_step = at.step
-                    with clock.part('evaluation'):
-                        result, at.evaluated = evaluation(at.step), at.step
-                    metrics.write('eval', step=at.step, iteration=at.step // per_iteration, tokens=at.tokens,
-                                  sampled_tokens=at.sampled_tokens, seconds=clock.seconds(), **result)
-                    machine.print(f'step {at.step} evaluation: {in_words(result)}')
-                    # step 0 is never the best; nothing is selected on the test split: there best.pt is the latest
-                    value = result[method.best] if method.best and cfg.eval_split != 'test' else at.step
-                    if at.step and value > at.best:
-                        at.best = value
-                        save('best.pt')
-                if done or cfg.stop_step and at.step >= cfg.stop_step:
-                    break
-
-                iteration, update = divmod(at.step, per_iteration)
-                if update == 0:
-                    with clock.part('collection'):
-                        batch, at.facts = method.collect(iteration, at.step)
-                        machine.on_rank_0(lambda: write_iteration(lab, iteration, at.step, batch))
-                    new_tokens = at.facts.pop('new_tokens', 0)
-                    at.sampled_tokens += new_tokens
-                    machine.print(f'iteration {iteration}: {len(batch["group"]):,} prompts and {new_tokens:,} sampled '
-                                  f'tokens, collected in {clock.parts["collection"]:.1f} s')
-                rows = step_rows(lab, batch, iteration, update)
-                counts = dict(iteration=iteration, update=update, groups=len(rows),
-                              tokens=int(batch['answer_length'][rows].sum()),
-                              best_tokens=int(batch['answer_length'][rows, 0].sum()))
-                stats = accumulate(method, updates, batch, rows, counts)
-                lr = cfg.learning_rate * lr_factor(at.step, cfg)
-                updates.clip_and_step(at.step + 1, save_state)
-                at.step, at.tokens = at.step + 1, at.tokens + counts['tokens']
-                last = at.step % per_iteration == 0
-                stopped, = machine.sum([stop.number])
-                if update == 0 or last or at.step % cfg.log_interval == 0 or watches:
-                    stats = dict(zip(stats, machine.sum(torch.stack(list(stats.values())).tolist())))
-                at.facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
-                if at.step == 1:
-                    machine.print(f'first update: {in_words(stats)}')
-                verdict = method.after_update(dict(iteration=iteration, update=update, step=at.step, last=last,
-                                                   updates_per_pass=per_iteration // cfg.inner_epochs), stats)
-                at.ended = verdict == 'end'
-                if verdict == 'next':
-                    at.step, last = min((iteration + 1) * per_iteration, cfg.max_iters), True
-
-                if at.step % cfg.log_interval == 0 or last:
-                    numbers, grad_norm = {**at.facts, **stats}, updates.read_norms()
-                    speed, left = clock.pace(
-                        at.step, at.tokens, cfg.max_iters,
-                        evaluation=math.ceil(cfg.max_iters / cfg.eval_interval) - at.evaluated // cfg.eval_interval,
-                        collection=math.ceil(cfg.max_iters / per_iteration) - iteration - 1)
-                    metrics.write('train', step=at.step, tokens=at.tokens, sampled_tokens=at.sampled_tokens,
-                                  seconds=clock.seconds(), iteration=iteration, grad_norm=grad_norm, lr=lr,
-                                  tokens_per_second=speed, skipped=updates.skipped, **numbers)
-                    machine.print(f'step {at.step}/{cfg.max_iters} {at.step / cfg.max_iters:.0%} {in_words(numbers)}, '
-                                  f'norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, ETA {left}')
-                if stopped:
-                    break
-        if at.step != saved_step:
-            save_state()
-        done = at.ended or at.step >= cfg.max_iters
-        if machine.rank == 0 and done:
-            show_samples(Path(cfg.out_dir))
-        finish(cfg, machine, stop, at.step, done, clock.seconds())
-
-
-def accumulate(method, updates, batch, rows, counts):
-    """Accumulates the gradient of a step over this rank's micro-batches -> the sums of their stats."""
-    lab, totals = method.lab, {}
-    parts = micro_batches(lab, batch, rows)
-    for i, part in enumerate(parts):
-        with contextlib.ExitStack() as stack:
-            if lab.machine.world_size > 1 and i + 1 < len(parts):  # DDP averages once per step
-                for module in method.wrapped.values():
-                    stack.enter_context(module.no_sync())
-            loss, stats = method.loss(pack(select(batch, part), lab.machine.device), counts)
-            updates.backward(loss * lab.machine.world_size)  # undoes DDP's average over ranks
-        for name, value in stats.items():
-            totals[name] = totals.get(name, 0.0) + value.detach()
-    return totals
-
-
-def open_lab(cfg, machine, data):
-    """-> Lab. Raises Refusal if options do not fit, before an earlier run is overwritten."""
-    if cfg.groups_per_step < machine.world_size:
-        raise Refusal(f'groups_per_step={cfg.groups_per_step} is less than the number of ranks, {machine.world_size}; '
-                      f'use --groups_per_step={machine.world_size} or more')
-    encoding = prepare_shp.encoding(data.meta['encoding'])
-    if cfg.resume and checkpoints(cfg.out_dir):
-        start = crop(load_checkpoint(Path(cfg.out_dir) / 'selves' / '0000.pt'), cfg.block_size, cfg.out_dir)
-    else:
-        start = open_start(cfg, encoding)
-    block_size, cfg = start['model_config']['block_size'], replace(cfg, source=data.meta['source'],
-                                                                   columns=tuple(data.meta['columns']))
-    if cfg.max_new_tokens >= block_size:
-        raise Refusal(f'max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in the block of {block_size} '
-                      f'tokens of {cfg.init_from}; use --max_new_tokens={block_size // 2} or less')
-    lab = Lab(cfg, machine, encoding, {}, block_size, StopSignal(), start, Selves(cfg.out_dir, start))
-    for split in dict.fromkeys(['train', cfg.eval_split]):
-        lab.groups[split], words = usable_rankings(lab, data.groups(split))
-        if words:
-            machine.print(f'note: rankings of {split}, with a block of {block_size} tokens and max_new_tokens='
-                          f'{cfg.max_new_tokens}: {words}')
-    if start.get('link_order'):
-        machine.print(f'note: {cfg.init_from} was trained with T_{start["link_order"]}: its probabilities are '
-                      'under-confident by design, and answers are sampled from them without the link')
-    cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * updates_per_iteration(lab)))
-    if lab.cfg.max_iters > cfg.max_iters:
-        machine.print(f'note: max_iters={lab.cfg.max_iters} is more than the {cfg.max_iters} updates of all iterations')
-    if cfg.max_iters < 20:
-        machine.print(f'note: only {cfg.max_iters} update(s) in total; for more, use a smaller groups_per_step or more '
-                      'iterations or inner_epochs')
-    for note in run_notes(cfg):
-        machine.print(f'note: {note}')
-    return lab._replace(cfg=cfg)
-
-
-def what_stays(lab, method):
-    """What must not change in a resume, besides the model and the data."""
-    names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs'
-    return dict({name: getattr(lab.cfg, name) for name in names}, start=lab.selves.hashes[0][:12],
-                **{name: weights_hash(module.state_dict())[:12] for name, module in method.frozen.items()})
-
-
-def start_folders(lab, step):
-    """Makes iterations/ and selves/. A new run empties them and saves pi_0."""
-    iterations, selves = (Path(lab.cfg.out_dir) / name for name in ('iterations', 'selves'))
-    for folder in (iterations, selves):
-        folder.mkdir(exist_ok=True)
-    if step == 0:
-        kept = save_checkpoint(selves, dict(lab.start, step=0), '0000.pt')
-        for path in (*iterations.glob(NUMBERED), *selves.glob(NUMBERED)):
-            if path != kept:
-                path.unlink()
-
-
-def mean_and_error(count, total, squares):
-    """Mean and standard error of `count` numbers with this sum and this sum of squares."""
-    mean = total / count
-    return mean, math.sqrt(max(squares / count - mean ** 2, 0.0) / count)
+    return runs.load_checkpoint(path)['batch']
 
 
 if __name__ == '__main__':

@@ -34,9 +34,9 @@ def decode(model, prompts, cache, hidden, uniform, max_new_tokens, temperature, 
         running = []
         for i, (b, ids) in enumerate(zip(rows, columns.tolist())):
             answer, room = answers[b], min(max_new_tokens, model.config.block_size - len(prompts[b]))
-            if answer[-1:] != [eot]:
-                ids = ids[:room - len(answer)]
-                answer += ids[:ids.index(eot) + 1] if eot in ids else ids
+            for id in ids:
+                if len(answer) < room and answer[-1:] != [eot]:
+                    answer.append(id)
             if answer[-1] != eot and len(answer) < room:
                 running.append(i)
         if not running:
@@ -51,7 +51,7 @@ class Decoder:
     """The buffers of a step, and a graph of it for each number of rows, which are the first of the buffers."""
 
     def __init__(self, key, config, batch, length, device, dtype):
-        self.key, self.graphs = key, {}
+        self.key, self.graphs, (self.temperature, self.top_k) = key, {}, key[2:4]
         self.cache = KVCache(config, batch, length, device, dtype)
         self.token = torch.zeros(batch, dtype=torch.long, device=device)
         self.uniform = torch.zeros(batch, LOOK, device=device)
@@ -80,8 +80,8 @@ class Decoder:
         at, token = self.t.expand(batch, 1), self.token[:batch]
         hidden = model(token[:, None], cache=cache)[:, -1]
         cache.length.clamp_(max=length - 1)  # of rows that have ended
-        uniform, (_, _, temperature, top_k, *_) = self.uniform[:batch].gather(1, at)[:, 0], self.key
-        token.copy_(sample_token(model.logits(hidden), uniform, temperature, top_k))
+        uniform = self.uniform[:batch].gather(1, at)[:, 0]
+        token.copy_(sample_token(model.logits(hidden), uniform, self.temperature, self.top_k))
         self.tokens[:batch].scatter_(1, at, token[:, None])
         self.t += 1
 

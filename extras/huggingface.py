@@ -205,7 +205,8 @@ def export(state, out_dir, folder):
         temporary.mkdir(parents=True)
         for name, place in ((main, temporary), ('critic', temporary / 'critic')):
             if name in state:
-                write_model(place, state[name], GPTConfig(**state['critic_config' if name == 'critic' else 'model_config']), encoding)
+                config = state['critic_config' if name == 'critic' else 'model_config']
+                write_model(place, state[name], GPTConfig(**config), encoding)
         write_tokenizer(temporary, encoding, state['model_config']['block_size'])
         (temporary / 'README.md').write_text(model_card(state, out_dir, final.name, encoding), encoding='utf-8')
         temporary.rename(final)

@@ -19,6 +19,7 @@ import answers
 import model
 import prepare_shp
 import preference
+import runs
 import sample
 import test_preference
 import test_train
@@ -202,7 +203,7 @@ def test_training_starts_from_it_and_resumes_without_it(tmp_path, foreign, monke
     assert all(torch.equal(w, state['model'][name]) for name, w in start_from(foreign, 32)['model'].items())
     train.main(train_config(tmp_path / 'whole', overwrite=True))
     train.main(train_config(tmp_path / 'cut', stop_step=5))
-    monkeypatch.setattr(train, 'open_start', None)  # the start may be gone by then
+    monkeypatch.setattr(runs, 'open_start', None)  # the start may be gone by then
     train.main(train_config(tmp_path / 'cut', resume=True))
     assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
     with pytest.raises(Refusal, match='init_from is foreign in the checkpoint, start here'):

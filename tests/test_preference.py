@@ -618,13 +618,13 @@ def test_options_that_do_not_fit_are_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 def test_the_host_does_not_wait_within_a_step(tmp_path, monkeypatch):
-    step_rows = preference.step_rows
+    step_prompts = preference.step_prompts
 
     def watched(lab, batch, iteration, update):
         torch.cuda.set_sync_debug_mode('error' if 3 <= update < 7 else 'default')
-        return step_rows(lab, batch, iteration, update)
+        return step_prompts(lab, batch, iteration, update)
 
-    monkeypatch.setattr(preference, 'step_rows', watched)
+    monkeypatch.setattr(preference, 'step_prompts', watched)
     try:
         preference.main(config(tmp_path / 'run', 'dpo', device='cuda', inner_epochs=4, iterations=1, log_interval=8,
                                eval_interval=8, sft_weight=0.1))
