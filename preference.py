@@ -21,19 +21,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
-import configurator
 import prepare_shp
 import runs
 from answers import (DATA, TEACHER, Lab, Selves, Stopped, answer_log_prob, answer_rewards, answers_of, cut_answers,
                      cut_prompts, for_all, hidden_states, log_prob_under, make_batch, make_gpt, make_scorer,
                      micro_batches, pack, post_of, rewards, sample, select, text_of, token_log_probs,
                      usable_rankings, weights_hash)
-from configurator import Refusal
+from configurator import Refusal, run
 from evaluate import EVAL, Evaluation, report_reward_model, report_teacher, show_samples
 from losses import (gae, implicit_reward, plackett_luce_loss, ppo_policy_loss, ppo_value_loss,
                     renormalize_reward, taylor_loss)
 from model import ScalarHead
-from prepare_shp import pick_groups
 
 MARGIN_GROUPS = 512  # prompts needed to compare the margin of data over self with its standard error
 
@@ -136,7 +134,7 @@ def main(cfg):
 
     described = runs.describe(cfg, machine, modules[0].config, data, optimizers, **what_stays(lab, method))
     described |= {f'{name}_config': vars(module.config) for name, module in method.trained.items()}
-    step, tokens, sampled_tokens, best, next_eval, ended, facts, seconds = 0, 0, 0, -math.inf, 0, False, {}, 0.0
+    step, tokens, sampled_tokens, best, evaluated, ended, facts, seconds = 0, 0, 0, -math.inf, -1, False, {}, 0.0
     with runs.open_run(cfg, machine) as state, lab.stop as stop:
         if state is not None:
             machine.print(f'resumed at step {state["step"]} ({runs.check_resume(state, described)})')
@@ -144,7 +142,7 @@ def main(cfg):
                 module.load_state_dict(state[name])
             updates.load_state_dict(state)
             method.load_state_dict(state['method'])
-            step, tokens, sampled_tokens, best, next_eval, ended, facts = state['loop']
+            step, tokens, sampled_tokens, best, evaluated, ended, facts = state['loop']
             seconds, lab.selves.hashes = state['seconds'], state['selves']
             if step % per_iteration:
                 batch = read_iteration(lab, step // per_iteration)
@@ -167,20 +165,20 @@ def main(cfg):
 
         def save_state():
             # a resume at step 0 evaluates again, because it removes that line of metrics.jsonl
-            loop = step, tokens, sampled_tokens, best, next_eval if step else 0, ended, facts
+            loop = step, tokens, sampled_tokens, best, evaluated if step else -1, ended, facts
             save(loop=loop, selves=lab.selves.hashes, seconds=clock.seconds(), method=method.state_dict(),
                  **updates.state_dict())
 
         with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
             while True:
                 done = ended or step >= cfg.max_iters
-                if step >= next_eval or done:                 # a method may skip steps
+                # a method may skip steps, and with them a multiple of eval_interval
+                if done or step // cfg.eval_interval > evaluated // cfg.eval_interval:
                     if step and step != saved_step:
                         save_state()
                         saved_step = step
                     with clock.part('evaluation'):
-                        result = evaluation(step)
-                    next_eval = (step // cfg.eval_interval + 1) * cfg.eval_interval
+                        result, evaluated = evaluation(step), step
                     metrics.write('eval', step=step, iteration=step // per_iteration, tokens=tokens,
                                   sampled_tokens=sampled_tokens, seconds=clock.seconds(), **result)
                     machine.print(f'step {step} evaluation: {runs.in_words(result)}')
@@ -227,7 +225,7 @@ def main(cfg):
                     numbers, grad_norm = {**facts, **stats}, updates.read_norms()
                     speed, left = clock.pace(
                         step, tokens, cfg.max_iters,
-                        evaluation=math.ceil(cfg.max_iters / cfg.eval_interval) - next_eval // cfg.eval_interval + 1,
+                        evaluation=math.ceil(cfg.max_iters / cfg.eval_interval) - evaluated // cfg.eval_interval,
                         collection=math.ceil(cfg.max_iters / per_iteration) - iteration - 1)
                     metrics.write('train', step=step, tokens=tokens, sampled_tokens=sampled_tokens,
                                   seconds=clock.seconds(), iteration=iteration, grad_norm=grad_norm, lr=lr,
@@ -340,7 +338,7 @@ class Method:
     def rankings(self, iteration):
         """The data's rankings for an iteration, cut to the block: a list of prepare_shp.Group."""
         lab, cfg = self.lab, self.lab.cfg
-        return cut_answers(lab, pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab),
+        return cut_answers(lab, prepare_shp.pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab),
                                             cfg.max_answers))
 
     def collect(self, iteration, step):
@@ -457,7 +455,7 @@ class SPIN(Method):
         selves, device = self.opponents(iteration), lab.machine.device
         if iteration:
             lab.selves.note(lab, iteration, policy, step, keep=cfg.opponents > 1)
-        whole = pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab))
+        whole = prepare_shp.pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab))
         groups = cut_prompts(lab, whole)
         ranked = {DATA: [group.answers[0] for group in whole], **self.written(whole, iteration)}
         log_p, sampled = {}, 0
@@ -550,7 +548,8 @@ class PPO(Method):
         """
         lab, cfg, policy, K = self.lab, self.lab.cfg, self.trained['model'], self.lab.cfg.answers_per_prompt
         lab.selves.note(lab, iteration, policy, step)
-        groups = cut_prompts(lab, pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab)))
+        whole = prepare_shp.pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab))
+        groups = cut_prompts(lab, whole)
         answers = sample(lab, policy, [group.prompt for group in groups for _ in range(K)], iteration, iteration)
         batch = make_batch([group._replace(answers=answers[i * K:(i + 1) * K]) for i, group in enumerate(groups)],
                            iteration)
@@ -709,4 +708,4 @@ def read_iteration(lab, iteration):
 
 
 if __name__ == '__main__':
-    configurator.run(main, Config)
+    run(main, Config)

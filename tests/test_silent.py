@@ -14,6 +14,7 @@ import configurator
 import evaluate
 import prepare_shp
 import preference
+import runs
 import sample
 import train
 from answers import ROW_TOKENS, cut_answers, make_batch, micro_batches, pack, rewards, select
@@ -136,8 +137,7 @@ def test_eta_counts_steps_collections_and_evaluations(tmp_path, monkeypatch, cap
             return act(*args, **kwargs)
         monkeypatch.setattr(place, name, wrapped)
 
-    for script in (train, preference):
-        monkeypatch.setattr(script, 'time', clock)
+    monkeypatch.setattr(runs, 'time', clock)
     slow(prepare_shp, 'lm_batch', 1)
     slow(train, 'evaluate', 100)
     slow(preference, 'accumulate', 1)
