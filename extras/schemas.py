@@ -101,8 +101,8 @@ def _scored(prompt, answers, columns):
         found = {name: [answer.get(columns.get(name, name)) for answer in answers] for name in names}
         best = min(found, key=lambda name: found[name].count(None))
         if found[best].count(None) == len(answers):
-            asked = ' or '.join(columns.get(name, name) for name in names)
-            raise ValueError(f'no column {asked[:100]} in its answers')
+            wanted = ' or '.join(columns.get(name, name) for name in names)
+            raise ValueError(f'no column {wanted[:100]} in its answers')
         return best, found[best]
 
     (_, texts), (name, scores) = values(ANSWERS), values(SCORES)

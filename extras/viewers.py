@@ -1,4 +1,4 @@
-"""Metrics in TensorBoard and in Weights & Biases, beside metrics.jsonl: --tensorboard=True, --wandb=True."""
+"""Metrics in TensorBoard and in Weights & Biases, in addition to metrics.jsonl: --tensorboard=True, --wandb=True."""
 import os
 import secrets
 from dataclasses import asdict
