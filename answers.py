@@ -1,6 +1,6 @@
 """Runs a model on prompts and answers: rows of tokens, log-probabilities, rewards, samples, past selves.
 
-Letters: G prompts, K answers a prompt, M answer tokens in all, B rows of T tokens. A batch is a dict of tensors:
+Letters: G prompts, K answers per prompt, M answer tokens in all, B rows of T tokens. A batch is a dict of tensors:
 
     prompt (sum of prompt_length,)    ids of all prompts, one after the other
     prompt_length (G,)

@@ -157,7 +157,7 @@ def progress(items, what, say=print):
 
 
 def parse(kind, text):
-    """The text of a flag --key=text -> the value that a config file would assign; the text if it is no literal."""
+    """The text of a flag --key=text -> the value that a config file would assign; the text if it is not a literal."""
     if get_origin(kind) is tuple:
         return [parse(get_args(kind)[0], item.strip()) for item in text.split(',') if item.strip()]
     try:

@@ -1,4 +1,4 @@
-"""What an evaluation of preferences reports: held-out rankings, fresh samples beside the start's, cheap baselines.
+"""What an evaluation of preferences reports: held-out rankings, fresh samples, cheap baselines.
 
 Letters as in answers.py.
 """

@@ -518,7 +518,7 @@ def _best_direction(phi, t, monotone):
     """
     phi_1, phi_2, phi_3 = phi[:, :, None].unbind(1)
     v = t.cos()[..., None] * phi_2 + t.sin()[..., None] * phi_3
-    end, cells = torch.full_like(t, torch.pi), 512  # many, for two roots may lie close together
+    end, cells = torch.full_like(t, torch.pi), 512  # many, since two roots may lie close together
     if monotone:  # the order holds while cos(a) + sin(a) slope >= 0.01, for the least slope of v over phi_1
         slope = torch.where(phi_1.diff() > 0, v.diff() / phi_1.diff(), 0.0)
         slope = F.pad(slope, (0, 1)).amin(-1)  # 0 binds nothing, at ties or for K = 1

@@ -47,7 +47,7 @@ PREFERENCE = [
     Panel('True quality', 'mean over samples', {'true_quality': ('-', '')}, limits=(0, 1), baselines=dict(
         true_quality_best="the data's best", true_quality_data='all data', true_quality_random='random letters')),
     Panel('True quality over distance', 'mean over samples', {'true_quality': ('-', '')}, limits=(0, 1), over='kl'),
-    Panel('Distance from the start', '√KL, √(nats an answer)', {'kl': ('-', '')}),
+    Panel('Distance from the start', '√KL, √(nats per answer)', {'kl': ('-', '')}),
     Panel('Reward', 'mean over samples', {'reward': ('-', '')}),
     Panel('Entropy', 'nats per token', {'entropy': ('-', '')}),
     Panel('Length of answers', 'tokens', {'answer_length': ('-', '')}),

@@ -177,7 +177,7 @@ def read_ranked(row):
 
 
 READERS = [
-    # the first reader whose columns a row has reads it; to add a schema, write a function from a row to a Ranking
+    # a row goes to the first reader whose columns it has; to add a schema, write a function from a row to a Ranking
     (('human_ref_A',), read_shp),
     (('prompt', 'responses'), read_ranked),
 ]
