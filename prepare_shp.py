@@ -56,7 +56,7 @@ class Config(Options):
     source: str = 'hub'            # hub (SHP), hf:OWNER/NAME, toy, a folder, or comma-separated files of JSON lines
     columns: tuple[str, ...] = ()  # OURS:THEIRS if names differ: prompt:question,responses:replies,train:train_prefs
     encoding: str = ''             # gpt2 or bytes; '' = bytes for source=toy, gpt2 otherwise
-    split: str = 'post'            # post: the dataset's own splits; row: train rows split 80/20 at random, with leaks
+    split: str = 'post'            # post: the dataset's own splits; row: train rows split 80/20 at random, which leaks
     max_rows: int = 0              # use only the first rows of train, domains in sorted order; 0 = all
     domains: tuple[str, ...] = ()  # subreddits to keep, such as askculinary; empty = all
     min_score_ratio: float = 0.0   # minimum ratio of the preferred answer's score to the other's, if that is > 0

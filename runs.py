@@ -48,7 +48,7 @@ class RunConfig(prepare_shp.Config):
     overwrite: bool = False       # delete the earlier run in out_dir
     seed: int = 0                 # seed of weights, batches, dropout and samples
     device: str = 'auto'          # cpu, cuda or mps; auto = the best available
-    dtype: str = 'auto'           # of matrix products: float32, bfloat16 or float16; auto = bfloat16 if the GPU has it
+    dtype: str = 'auto'           # dtype of products: float32, bfloat16 or float16; auto = bfloat16 if the GPU has it
     compile: bool | None = None   # torch.compile the model; None = on CUDA only
     eval_interval: int = 200      # steps between checkpoints, each followed by an evaluation
     eval_split: str = 'val'       # split that is evaluated: val, test (for a final result) or train

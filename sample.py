@@ -31,7 +31,7 @@ class Config(Options):
     link: bool = False            # sample from link_n(p), which undoes the under-confidence of T_n
     seed: int = 0                 # seed of the samples
     device: str = 'auto'          # cpu, cuda or mps; auto = the best available
-    dtype: str = 'auto'           # of matrix products: float32, bfloat16 or float16; auto = the best available
+    dtype: str = 'auto'           # dtype of matrix products: float32, bfloat16 or float16; auto = the best available
 
     choices = dict(checkpoint=('best', 'last'), device=DEVICES, dtype=DTYPES)
     lowest = dict(num_samples=1, max_new_tokens=1)
