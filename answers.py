@@ -1,19 +1,19 @@
-"""Prompts with their answers through a model: rows of tokens, log-probabilities, rewards, samples, past selves.
+"""Runs a model on prompts and answers: rows of tokens, log-probabilities, rewards, samples, past selves.
 
-Letters: G prompts, K answers a prompt, M answer tokens in all, B rows of T tokens. A batch is a dict of tensors:
+Letters: G prompts, K answers per prompt, M answer tokens in all, B rows of T tokens. A batch is a dict of tensors:
 
     prompt (sum of prompt_length,)    ids of all prompts, one after the other
     prompt_length (G,)
-    answer (M,)                       ids of all answers, prompt by prompt, best first; with end-of-text where not cut
+    answer (M,)                       ids of all answers, prompt by prompt, best first; with end-of-text unless cut
     answer_length (G, K)              0 = no such answer
     group (G,)                        number of the prompt's ranking in the data
     generator (G, K)                  who wrote the answer: DATA, TEACHER, or t for pi_t
     log_p (G, K)                      spin, distill, ppo: log pi(y|x) under the self that wrote y
-    ref_log_p (G, K)                  dpo, spin, distill: log pi_ref(y|x), or what token_order puts in its place
+    ref_log_p (G, K)                  dpo, spin, distill: log pi_ref(y|x), or its replacement under token_order
     reward (G, K)                     ppo: the reward model's, less missing_eot_penalty, before it is renormalised
     old_log_p, value, returns, advantage (M,)    ppo: of each answer token
 
-A tensor has a row for each prompt or one for each answer token; memory follows the number of tokens.
+A tensor has one row per prompt or one per token, so memory is proportional to the number of tokens.
 """
 import hashlib
 from collections import Counter
@@ -33,12 +33,12 @@ from model import GPT, GPTConfig, ScalarHead
 from runs import Machine, RunConfig, StopSignal, load_checkpoint, save_checkpoint
 
 DATA, TEACHER = -1, -2  # who wrote an answer; t >= 0 is pi_t
-MASK_ENTRIES = 2 ** 25  # of attention's masks, that a micro-batch may hold
-ROW_TOKENS = 2048       # beyond which a prompt's next answer begins another row: masks grow with a row's square
+MASK_ENTRIES = 2 ** 25  # maximum size of a micro-batch's attention masks
+ROW_TOKENS = 2048       # a longer row is split before the next answer: masks grow with the square of the length
 
 
 class Lab(NamedTuple):
-    """What stays the same during a run, and most functions here need."""
+    """What does not change during a run, and what most functions here need."""
     cfg: RunConfig            # preference.Config
     machine: Machine
     encoding: tiktoken.Encoding
@@ -50,7 +50,7 @@ class Lab(NamedTuple):
 
 
 class Stopped(Exception):
-    """A signal came during a collection or an evaluation; all ranks leave it together."""
+    """A signal arrived during a collection or an evaluation; all ranks leave it together."""
 
 
 # Rows of answers -----------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def cut_prompts(lab, groups):
 
 
 def cut_answers(lab, groups):
-    """Each of the data's answers gets the rest of the block behind its prompt; one that is cut has no end-of-text."""
+    """Cuts each of the data's answers to the rest of the block after its prompt; a cut answer has no end-of-text."""
     return [group._replace(answers=[answer[:lab.block_size - len(group.prompt)] for answer in group.answers])
             for group in cut_prompts(lab, groups)]
 
@@ -71,7 +71,7 @@ def cut_answers(lab, groups):
 def usable_rankings(lab, groups):
     """Drops answers that equal a better one after the cut, then rankings that keep one answer.
 
-    prepare_shp.Groups -> Groups, and what was cut and dropped in words ('' for nothing).
+    prepare_shp.Groups -> Groups, and a phrase on what was cut and dropped ('' if nothing was).
     """
     room, length, counts = lab.block_size - lab.cfg.max_new_tokens, np.diff(groups.offsets).tolist(), Counter()
     rows, kept, first = [], [], [0]  # rankings and answers to keep, by number
@@ -82,9 +82,9 @@ def usable_rankings(lab, groups):
             distinct.setdefault(groups.piece(groups.answers[a])[:rest].tobytes(), a)
             counts['answers are cut'] += length[groups.answers[a]] > rest
         if len(distinct) == 1:
-            counts['rankings keep one answer and are dropped'] += 1
+            counts['rankings keep only one answer and are dropped'] += 1
             continue
-        counts['answers equal a better one then and are left out'] += a + 1 - groups.first[g] - len(distinct)
+        counts['cut answers equal a better one and are dropped'] += a + 1 - groups.first[g] - len(distinct)
         rows.append(g)
         kept += distinct.values()
         first.append(len(kept))
@@ -94,7 +94,7 @@ def usable_rankings(lab, groups):
 
 
 def make_batch(groups, generator=DATA):
-    """A list of Group, cut to fit -> a batch; generator: one for all answers, or the list of those of a group."""
+    """A list of Group, cut to the block -> a batch. generator: one for all answers, or a list for those of a group."""
     K = max(len(group.answers) for group in groups)
     length = [[len(answer) for answer in group.answers] + [0] * (K - len(group.answers)) for group in groups]
     return dict(prompt=torch.tensor([id for group in groups for id in group.prompt]),
@@ -112,7 +112,7 @@ def token_rows(batch, rows):
 
 
 def select(batch, rows):
-    """The prompts `rows` of a batch, with all that belongs to them: tensors with a row for each prompt, or token."""
+    """The prompts `rows` of a batch, with their answers, as a batch."""
     prompts, tokens = batch['prompt'].split(batch['prompt_length'].tolist()), token_rows(batch, rows)
     chosen = {name: x[rows if len(x) == len(batch['group']) else tokens] for name, x in batch.items()
               if name != 'prompt'}
@@ -126,18 +126,18 @@ def answers_of(batch):
 
 
 class Rows(NamedTuple):
-    """A batch as rows in which a prompt stands once for its answers, each answer seeing the prompt and itself.
+    """A batch packed into rows: a prompt once, then its answers, each of which attends to the prompt and itself.
 
-    A row is a prompt's; where its answers fill more than ROW_TOKENS, several are.
+    A row has one prompt. If its answers fill more than ROW_TOKENS, it gets several rows.
     """
     idx: torch.Tensor        # (B, T)
     positions: torch.Tensor  # (B, T): of a token in its own text, prompt and one answer
-    mask: torch.Tensor       # (B, 1, T, T) bool: what a token sees
-    place: torch.Tensor      # (M,): where in the flattened rows each answer token is predicted
+    mask: torch.Tensor       # (B, 1, T, T) bool: the tokens that a token attends to
+    place: torch.Tensor      # (M,): index in the flattened rows where each answer token is predicted
     owner: torch.Tensor      # (M,): which of the G * K answers it belongs to
-    end: torch.Tensor        # (G, K): where in the flattened rows an answer's last token stands
-    writers: set             # who wrote the answers, known on the host
-    batch: dict              # on the device, too
+    end: torch.Tensor        # (G, K): index in the flattened rows of an answer's last token
+    writers: set             # the generators of the answers, known on the host
+    batch: dict              # the batch, on the device
 
     def per_answer(self, x):
         """x (M,) -> its sums over the tokens of each answer: (G, K)."""
@@ -149,7 +149,7 @@ class Rows(NamedTuple):
 
 
 def pack(batch, device='cpu'):
-    """A batch -> Rows. A row: the prompt without its last token; then for each answer that token and the answer's."""
+    """A batch -> Rows. A row: the prompt without its last token, then, for each answer, that token and the answer."""
     rows, spans, K = [], [], batch['answer_length'].shape[1]
     prompts = batch['prompt'].split(batch['prompt_length'].tolist())
     for g, (prompt, answers) in enumerate(zip(prompts, answers_of(batch))):
@@ -170,7 +170,7 @@ def pack(batch, device='cpu'):
     mask = torch.ones(T, T, dtype=torch.bool, device=device).tril()
     mask = mask & ((text[:, :, None] == text[:, None]) | (text[:, None] == 0))
     row, start, length, owner = torch.tensor(spans).T
-    start = row * T + start  # in the flattened rows: where the first token of an answer is predicted
+    start = row * T + start  # index in the flattened rows where the first token of an answer is predicted
     place = torch.cat([torch.arange(a, a + n) for a, n in zip(start.tolist(), length.tolist())])
     end = torch.zeros_like(batch['answer_length'])
     end[batch['answer_length'] > 0] = start + length
@@ -180,10 +180,10 @@ def pack(batch, device='cpu'):
 
 
 def micro_batches(lab, batch, rows=None):
-    """The prompts `rows` (None: all) -> this rank's, in micro-batches: a list of tensors of row numbers.
+    """The prompts `rows` (None: all) -> this rank's share in micro-batches: a list of tensors of row numbers.
 
-    Sorted by length, so that they hold little padding. Of micro_groups, or where that is 0, of as many as keep the
-    masks of attention below MASK_ENTRIES.
+    Sorted by length, to reduce padding. A micro-batch has micro_groups prompts or, if that is 0, as many as keep the
+    attention masks below MASK_ENTRIES.
     """
     tokens = batch['prompt_length'] + (batch['answer_length'] + 1).sum(1)
     rows = torch.arange(len(tokens)) if rows is None else rows
@@ -193,7 +193,7 @@ def micro_batches(lab, batch, rows=None):
     if lab.cfg.micro_groups:
         return mine.split(lab.cfg.micro_groups)
     parts, first = [], 0
-    for i, length in enumerate(tokens[mine].tolist()):  # all rows of a part get as long as its last
+    for i, length in enumerate(tokens[mine].tolist()):  # all rows of a part are padded to its last
         if i > first and (i + 1 - first) * length * min(length, ROW_TOKENS) > MASK_ENTRIES:
             parts.append(mine[first:i])
             first = i
@@ -204,7 +204,7 @@ def micro_batches(lab, batch, rows=None):
 
 
 def spread(lab, parts, what, function):
-    """function(part) for each part of this rank -> [(part, its result)] of all ranks. Raises Stopped after a signal."""
+    """Calls function(part) on this rank's parts -> [(part, result)] of all ranks. Raises Stopped after a signal."""
     found = []
     for part in progress(parts, what, lab.machine.print):
         if lab.stop.number:
@@ -217,7 +217,7 @@ def spread(lab, parts, what, function):
 
 @torch.no_grad()
 def for_all(lab, batch, function):
-    """function(Rows) -> dict of tensors, (g, K) or (m,), over all prompts of a batch, shared among the ranks.
+    """Calls function(Rows) -> dict of tensors (g, K) or (m,) on all prompts of a batch, divided among the ranks.
 
     -> dict of (G, K) or (M,) on the CPU, the same on every rank.
     """
@@ -234,13 +234,13 @@ def for_all(lab, batch, function):
 
 
 def hidden_states(lab, forward, rows):
-    """What a model makes of Rows: (B, T, C), or what a ScalarHead gives."""
+    """The output of a model for Rows: (B, T, C), or the tuple of a ScalarHead."""
     with lab.machine.autocast():
         return forward(rows.idx, positions=rows.positions, mask=rows.mask)
 
 
 def token_log_probs(lab, model, hidden, rows):
-    """log p of each answer token, (M,): the head sees answer tokens only, a chunk of logits at a time."""
+    """log p of each answer token, (M,). The head runs on answer tokens only, one chunk of logits at a time."""
     with lab.machine.autocast():
         return linear_token_log_prob(hidden.flatten(0, 1).index_select(0, rows.place), model.lm_head.weight,
                                      rows.batch['answer'], model.config.vocab_size)
@@ -252,10 +252,10 @@ def answer_log_prob(rows, log_p, token_order):
 
 
 def log_prob_under(lab, model, batch, token_order=0):
-    """Of all answers under a frozen model: dict(log_p, ordered = what token_order puts in its place), (G, K) each."""
+    """All answers under a frozen model: dict(log_p, taylor = -sum T_m(p), m = token_order), (G, K) each."""
     def function(rows):
         log_p = token_log_probs(lab, model, hidden_states(lab, model, rows), rows)
-        return dict(log_p=rows.per_answer(log_p), ordered=answer_log_prob(rows, log_p, token_order))
+        return dict(log_p=rows.per_answer(log_p), taylor=answer_log_prob(rows, log_p, token_order))
     return for_all(lab, batch, function)
 
 
@@ -265,10 +265,10 @@ def rewards(lab, scorer, batch):
 
 
 def answer_rewards(lab, scorer, forward, rows):
-    """-> r (G, K), and the hidden states that it was read from. forward: the ScalarHead, or its DDP."""
+    """-> r (G, K), and the hidden states that it was computed from. forward: the ScalarHead, or its DDP."""
     scalar, offset, hidden = hidden_states(lab, forward, rows)
     scalar = scalar.flatten()
-    # place is where a token is predicted, + 1 where it stands
+    # a token is predicted at `place`; its own position is `place` + 1
     r = scalar[rows.end] if scorer.read == 'last' else rows.per_answer(scalar[rows.place + 1])
     return (r + offset).masked_fill(~rows.valid(), 0.0), hidden
 
@@ -295,7 +295,7 @@ def sample(lab, model, prompts, iteration, who):
 
 
 def in_batches(lab, places, what, generate):
-    """generate(places) -> their answers; over all places, sample_batch at a time, on all ranks -> all answers."""
+    """Calls generate(places) -> answers on all places, sample_batch at a time, on all ranks -> all answers."""
     mine, size = places[lab.machine.rank::lab.machine.world_size], lab.cfg.sample_batch
     parts = [mine[i:i + size] for i in range(0, len(mine), size)]
     answers = {i: answer for part, new in spread(lab, parts, what, generate) for i, answer in zip(part, new)}
@@ -337,13 +337,13 @@ def weights_hash(weights):
 
 
 class Selves:
-    """pi_0 (the start), pi_1, ...: the policy as each iteration found it: hashes, and weights in out_dir/selves."""
+    """pi_0 (the start), pi_1, ...: the policy at the beginning of each iteration, as hashes and weights in selves/."""
 
     def __init__(self, out_dir, start):
         self.folder, self.hashes = Path(out_dir) / 'selves', {0: weights_hash(start['model'])}
 
     def note(self, lab, t, policy, step, keep=False):
-        """Remembers the policy as pi_t by its hash; keep: on disk too, for later iterations to play against."""
+        """Records the hash of the policy as pi_t. keep: also saves its weights, as an opponent in later iterations."""
         self.hashes[t] = weights_hash(policy.state_dict())
         if keep:
             state = dict(step=step, model_config=asdict(policy.config), model=policy.state_dict())

@@ -1,4 +1,4 @@
-"""Speed and memory of the project, side by side in one run with what a user would write or use instead.
+"""Speed and memory of this project, side by side in one run with what a user would write or use instead.
 
     python bench.py                                  # all parts
     python bench.py --parts=head,step --n_embd=64    # some of them
@@ -6,9 +6,9 @@
 
 The contenders of a table take turns, `repeats` times after a warm-up. `times` is the median over rounds of the first
 contender's seconds divided by this one's: a shared machine changes milliseconds more than ratios. `MiB` is the peak
-memory beyond the part's inputs, with weights and what torch.compile holds; on a CPU in a process of its own.
-`MFU` is of a training step: its FLOPs over those that a large product makes in that time, in bfloat16 or in float32.
-results/speed has figures, and says how they were measured.
+memory beyond the part's inputs, including weights and what torch.compile holds; on a CPU in a separate process.
+`MFU`, for a training step, is its FLOPs over those of a large matrix product in the same time and the same dtype.
+results/speed has results, and describes how they were measured.
 """
 import gc
 import json
@@ -33,7 +33,7 @@ from answers import Lab, make_batch
 from configurator import Options, Refusal, run
 from losses import linear_loss, plackett_luce_loss, rows_with_targets, taylor_loss, to_device
 from model import GPT, GPTConfig, ScalarHead
-from preference import METHODS, accumulate, step_rows
+from preference import METHODS, accumulate, step_prompts
 from preference import Config as PreferenceConfig
 from runs import DEVICES, Updates, decay_groups, matmul_peak, setup, synchronize, write_whole
 from train import Config as TrainConfig
@@ -45,19 +45,19 @@ T_2 = partial(taylor_loss, n=2)
 
 @dataclass(frozen=True)
 class Config(Options):
-    parts: tuple[str, ...] = ('head', 'step', 'preference', 'generate')
-    n_embd: tuple[int, ...] = (64, 1024)  # channels of the models of head and step
-    n_layer: int = 1                      # layers of the model of step
-    n_head: int = 8                       # attention heads of that model
-    batch_size: int = 8                   # sequences of step
-    block_size: int = 256                 # tokens of each
-    answers: tuple[int, ...] = (2, 4, 8)  # answers to a prompt in a preference step
-    groups: int = 1                       # prompts of a preference step
-    shape: tuple[int, ...] = (6, 6, 384)  # layers, heads and channels of the model of preference and iteration
-    methods: tuple[str, ...] = ('spin', 'ppo')  # whose iterations are timed
-    prompts: tuple[int, ...] = (1, 8, 32)  # prompts that generate continues at a time
-    repeats: int = 5                      # rounds
-    memory: bool = True                   # measure memory on a CPU too (Linux), which doubles the time
+    parts: tuple[str, ...] = ('head', 'step', 'preference', 'generate')  # what to measure; also iteration
+    n_embd: tuple[int, ...] = (64, 1024)  # head, step: channels of the model
+    n_layer: int = 1                      # step: layers of the model
+    n_head: int = 8                       # step: attention heads of the model
+    batch_size: int = 8                   # step: sequences per batch
+    block_size: int = 256                 # step: tokens per sequence
+    answers: tuple[int, ...] = (2, 4, 8)  # preference: answers per prompt
+    groups: int = 1                       # preference, iteration: prompts per step
+    shape: tuple[int, ...] = (6, 6, 384)  # preference, iteration: layers, heads and channels of the model
+    methods: tuple[str, ...] = ('spin', 'ppo')  # iteration: methods to time
+    prompts: tuple[int, ...] = (1, 8, 32)  # generate: prompts per batch
+    repeats: int = 5                      # rounds per table
+    memory: bool = True                   # measure memory on a CPU, too (Linux only); doubles the time
     device: str = 'auto'                  # cpu, cuda or mps; auto = the best available
     out_dir: str = 'out/bench'            # folder of bench.jsonl
 
@@ -228,7 +228,7 @@ def preference(cfg, machine, K, prompt=256, answer=64):
 
 
 def iteration(cfg, machine, name, prompt=256, answer=64, steps=4):
-    """A whole iteration of preference.py: answers of 64 tokens are sampled and scored, then come 4 updates."""
+    """A whole iteration of preference.py: sampling and scoring answers of 64 tokens, then 4 updates."""
     n, config = steps * cfg.groups, GPTConfig(VOCABULARY, prompt + answer, *cfg.shape)
     offsets = np.cumsum([0] + [prompt, answer, answer] * n)
     pieces = np.arange(3 * n).reshape(n, 3)
@@ -241,7 +241,7 @@ def iteration(cfg, machine, name, prompt=256, answer=64, steps=4):
         start = dict(model=GPT(config).state_dict(), model_config=asdict(config))
         nothing = SimpleNamespace(eot_token=-1, number=0, flags=list, note=lambda *args, **more: None)
         lab = Lab(options, machine._replace(dtype=dtype), nothing, dict(train=groups), prompt + answer, nothing, start,
-                  nothing)  # no encoding, signals and past selves: all answers have full length
+                  nothing)  # no encoding, signals or past selves: all answers have full length
         scorer = ScalarHead(GPT(config)).eval().requires_grad_(False)
         torch.nn.init.normal_(scorer.head.weight)
         with patch('preference.frozen_reward_model', return_value=scorer):
@@ -254,7 +254,7 @@ def iteration(cfg, machine, name, prompt=256, answer=64, steps=4):
         def call():
             batch, _ = method.collect(0, 0)
             for update in range(steps):
-                rows = step_rows(lab, batch, 0, update)
+                rows = step_prompts(lab, batch, 0, update)
                 counts = dict(tokens=int(batch['answer_length'][rows].sum()), groups=len(rows))
                 stats = accumulate(method, updates, batch, rows, dict(counts, iteration=0, update=update))
                 updates.clip_and_step(1, None)
@@ -312,17 +312,17 @@ def generate(cfg, machine, batch, prompt=64, new=128):
     if find_spec('transformers'):
         contenders |= {'Hugging Face GPT-2, float32': lambda: hugging_face(F32),
                        'Hugging Face GPT-2, bfloat16': lambda: hugging_face(BF16)}
-        if machine.device.type == 'cuda':  # it compiles the step there
+        if machine.device.type == 'cuda':  # transformers compiles the step there
             contenders |= {f'Hugging Face GPT-2, static cache, {str(dtype)[6:]}':
                            partial(hugging_face, dtype, cache_implementation='static') for dtype in (F32, BF16)}
-    if machine.device.type == 'cuda':  # a function that sees each token asks for the loop
+    if machine.device.type == 'cuda':  # with on_token, generate uses the loop
         contenders['GPT.generate, float32, no graph'] = lambda: partial(ours, model(), F32, lambda *_: None)
     return contenders | {'GPT.generate, float32': lambda: partial(ours, model(), F32),
                          'GPT.generate, bfloat16': lambda: partial(ours, model(), BF16)}
 
 
 PARTS = dict(head=(head, 'n_embd'), step=(step, 'n_embd'), preference=(preference, 'answers'),
-             generate=(generate, 'prompts'), iteration=(iteration, 'methods'))  # contenders, option with their sizes
+             generate=(generate, 'prompts'), iteration=(iteration, 'methods'))  # function, option with the sizes
 
 
 # Time and memory ------------------------------------------------------------------------------------------------------
@@ -342,9 +342,9 @@ def take_turns(machine, calls, repeats):
 
 
 def extra_memory(cfg, machine, part, size, name):
-    """MiB that a contender needs at its peak beyond the part's inputs, on a CPU; runs in a process of its own."""
+    """Peak memory of a contender beyond the part's inputs, in MiB, on a CPU; runs in a separate process."""
     torch.manual_seed(0)
-    # libraries load their own pages at first use
+    # a first call, since libraries allocate memory at first use
     step(replace(cfg, batch_size=1, block_size=8), machine, cfg.n_head)['train.py T_2, bfloat16']()()
     contenders = PARTS[part][0](cfg, machine, size)
     gc.collect()
@@ -357,7 +357,7 @@ def extra_memory(cfg, machine, part, size, name):
 
 
 def with_memory(make):
-    """A contender on CUDA, and the MiB at its peak beyond what was there before."""
+    """A contender on CUDA, and its peak memory beyond what was allocated before, in MiB."""
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before, call = torch.cuda.memory_allocated(), make()
@@ -366,7 +366,7 @@ def with_memory(make):
 
 
 def status(name):
-    """Bytes; not getrusage, whose peak begins at that of the process which started this one."""
+    """In bytes. Not by getrusage, whose peak includes that of the parent process."""
     return 1024 * int(re.search(name + r':\s+(\d+)', Path('/proc/self/status').read_text())[1])
 
 
@@ -376,7 +376,7 @@ def in_own_process(function, *args):
 
 
 def compare(cfg, machine, part, size, peaks):
-    """One table: prints it, and returns its rows."""
+    """Prints one table and returns its rows."""
     build, option = PARTS[part]
     torch.manual_seed(0)
     contenders = build(cfg, machine, size)
@@ -402,12 +402,12 @@ def compare(cfg, machine, part, size, peaks):
 def main(cfg):
     machine = setup(cfg.device)
     if machine.world_size > 1:
-        raise Refusal('bench.py runs in one process; start it with python, not with torchrun')
+        raise Refusal('bench.py runs in one process; start it with python, not torchrun')
     cfg = replace(cfg, memory=cfg.memory and machine.device.type == 'cpu' and Path('/proc/self/clear_refs').exists())
     peaks = [matmul_peak(machine._replace(dtype=dtype)) for dtype in (F32, BF16)]
-    absent = [rival for rival in ('transformers', 'liger_kernel', 'cut_cross_entropy') if not find_spec(rival)]
+    absent = [name for name in ('transformers', 'liger_kernel', 'cut_cross_entropy') if not find_spec(name)]
     print(f'{torch.get_num_threads()} threads; a large matrix product reaches {peaks[0] / 1e9:,.0f} GFLOP/s in '
-          f'float32, {peaks[1] / 1e9:,.0f} in bfloat16; absent rivals: {", ".join(absent) or "none"}')
+          f'float32, {peaks[1] / 1e9:,.0f} in bfloat16; not installed: {", ".join(absent) or "none"}')
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     rows = []
     for part in cfg.parts:

@@ -1,11 +1,11 @@
-"""Command line -> one frozen Config. `configure` reads it, `run` is what the last line of every script calls.
+"""Command line -> one frozen Config. `configure` parses it; the last line of every script calls `run`.
 
     python train.py config/toy_t2.py --learning_rate=1e-3 --domains=askculinary,legaladvice
 
-Arguments are config files (*.py) and --key=value flags; the later wins. A config file is Python that assigns options;
-names that start with '_' and modules stay private to it. Other arguments are added to the field `runs` of a Config
-that has one. Config is a frozen dataclass of int, float and bool, each perhaps `| None`, str, and tuple[one of these,
-...]. The comment behind a field is its line in --help. Its method `check` gives a sentence for each error.
+Arguments are config files (*.py) and --key=value flags; later ones win. A config file is Python that assigns options;
+names that start with '_' and modules are ignored. If Config has a field `runs`, other arguments are added to it.
+Config is a frozen dataclass. A field is a str, int, float or bool (the last three may be `| None`), or a tuple of one
+of these types. The comment after a field is its line in --help. The method `check` yields one sentence per error.
 """
 import ast
 import difflib
@@ -23,27 +23,27 @@ from typing import get_args, get_origin, get_type_hints
 
 HERE = Path(__file__).parent
 SCRIPT = Path(sys.argv[0]).name
-LINE_SECONDS = 10  # between two lines about one long loop
-NOT_RESUMED = 'out_dir', 'resume', 'overwrite', 'stop_step'  # options of one start, not of the whole run
+LINE_SECONDS = 10  # between two progress lines of a loop
+NOT_RESUMED = 'out_dir', 'resume', 'overwrite', 'stop_step'  # options of one launch, which a resume does not inherit
 
 
 class Refusal(Exception):
-    """An error that the user can mend: a sentence that says what is wrong, where, and what to do about it."""
+    """An error that the user can fix. The message says what is wrong, where, and what to do."""
 
 
 class Options:
-    """Base of a script's Config. A class of options may name the `lowest` value of a number, else 0, and `choices`."""
+    """Base of a script's Config. A class may set the `lowest` value of a number (default: 0) and `choices`."""
     lowest, choices = {}, {}
-    given = frozenset()  # the options that were set; see configure
+    given = frozenset()  # the options that were set by flags and config files
 
     def check(self):
-        """Yields a sentence for each value that is wrong."""
+        """Yields a sentence for each invalid value."""
         lowest, choices = (ChainMap(*(vars(cls).get(what, {}) for cls in type(self).__mro__))
                            for what in ('lowest', 'choices'))
         for name in get_type_hints(type(self)):
             value = getattr(self, name)
             if isinstance(value, (int, float)) and value < lowest.get(name, 0):
-                yield f'{name}={value} is below {lowest.get(name, 0)}'
+                yield f'{name}={value} must be {lowest.get(name, 0)} or more'
             if name in choices and value not in choices[name]:
                 yield f"{name}={value!r} is not one of {', '.join(map(str, filter(None, choices[name])))}"
 
@@ -52,7 +52,7 @@ def configure(Config, argv=None):
     """argv (default: the command line's) -> a Config. Exits with code 0 after --help, with code 2 after errors.
 
     With resume=True, options that are not set come from out_dir/config.json, if any. `cfg.given` is the frozenset of
-    those set by flags and config files; it is no field, and dataclasses.replace drops it. Only rank 0 prints.
+    those set by flags and config files; it is not a field, and dataclasses.replace drops it. Only rank 0 prints.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     say = print if os.environ.get('RANK', '0') == '0' else lambda *args, **kwargs: None
@@ -83,7 +83,7 @@ def configure(Config, argv=None):
             if key not in kinds or arg == f'--{key}={text}':
                 assign(key, text)
             else:
-                errors.append(f'a flag and its value are one word: write --{key}={text or "VALUE"}')
+                errors.append(f'a flag and its value must be one word: write --{key}={text or "VALUE"}')
         elif 'runs' in kinds and not arg.endswith('.py'):
             values['runs'], sources['runs'] = values.get('runs', ()) + (arg,), 'command line'
         elif path:
@@ -94,7 +94,7 @@ def configure(Config, argv=None):
                 continue
             keys = [key for key in assigned if key[0] != '_' and not inspect.ismodule(assigned[key])]
             if header(path)[1] != SCRIPT and not set(keys) <= set(kinds):
-                errors.append(f'{arg} is a config of {header(path)[1]}')
+                errors.append(f'{arg} is a config of {header(path)[1]}; use that script')
                 keys = []
             for key in keys:
                 assign(key, assigned[key], arg)
@@ -108,7 +108,7 @@ def configure(Config, argv=None):
     if getattr(cfg, 'resume', False) and (path := Path(cfg.out_dir, 'config.json')).is_file():
         before = json.loads(path.read_text(encoding='utf-8'))
         if (script := before.get('script')) not in (None, Path(inspect.getfile(Config)).name):
-            say(f'{cfg.out_dir} is a run of {script}: python {script} --resume=True --out_dir={cfg.out_dir}',
+            say(f'{cfg.out_dir} is a run of {script}; run: python {script} --resume=True --out_dir={cfg.out_dir}',
                 file=sys.stderr, flush=True)
             sys.exit(2)
         for key in (kinds.keys() & before.keys()) - given - set(NOT_RESUMED):
@@ -117,7 +117,7 @@ def configure(Config, argv=None):
     elif getattr(cfg, 'resume', False) and given <= set(NOT_RESUMED):
         errors.append(f'there is no run to resume in {cfg.out_dir}; name its folder with --out_dir=DIR')
     object.__setattr__(cfg, 'given', given)
-    errors += cfg.check()  # a value that was refused above is at its default
+    errors += cfg.check()  # values rejected above are at their defaults
     if errors:
         say(*errors, sep='\n', file=sys.stderr, flush=True)
         sys.exit(2)
@@ -129,23 +129,23 @@ def configure(Config, argv=None):
 
 
 def run(main, Config):
-    """main(configure(Config)); a Refusal is one line on stderr and exit code 1, Ctrl-C is code 130."""
+    """Calls main(configure(Config)). A Refusal prints one line on stderr and exits with code 1, Ctrl-C with 130."""
     prefix = f'error on rank {os.environ["RANK"]}' if 'RANK' in os.environ else 'error'
     for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors='backslashreplace')  # a terminal that is not UTF-8 must not end a run
+        stream.reconfigure(errors='backslashreplace')  # so that a terminal without UTF-8 cannot end a run
     try:
         main(configure(Config))
         sys.stdout.flush()
-    except KeyboardInterrupt:  # before the loop of a run, which saves and exits by itself
+    except KeyboardInterrupt:  # before the training loop, which saves and exits by itself
         sys.exit(130)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os._exit(1)  # without Python's last flush, which would complain
-    except (Refusal, OSError) as error:  # the latter of a full disk or a missing permission
+    except BrokenPipeError:  # the reader of the output, such as head, has exited
+        os._exit(1)  # without Python's final flush, which would print an error
+    except (Refusal, OSError) as error:  # OSError: a full disk or a missing permission
         sys.exit(f'{prefix}: {error}')
 
 
 def progress(items, what, say=print):
-    """Yields from a sequence. Now and then a line says how much is done, and when the rest will be at recent speed."""
+    """Yields the items of a sequence. Every LINE_SECONDS prints the share done and the ETA at the recent speed."""
     last_time, last_done = time.monotonic(), 0
     for done, item in enumerate(items, 1):
         yield item
@@ -157,7 +157,7 @@ def progress(items, what, say=print):
 
 
 def parse(kind, text):
-    """The text of a flag --key=text -> the value that a config file would assign; the text itself where it is none."""
+    """The text of a flag --key=text -> the value that a config file would assign; the text if it is not a literal."""
     if get_origin(kind) is tuple:
         return [parse(get_args(kind)[0], item.strip()) for item in text.split(',') if item.strip()]
     try:
@@ -167,7 +167,7 @@ def parse(kind, text):
 
 
 def convert(kind, value):
-    """A value -> of type `kind`, from an int for a float, from a list for a tuple. Raises ValueError with a hint."""
+    """Converts a value to `kind`: an int to float, a list to a tuple. Raises ValueError with a hint."""
     args = get_args(kind)
     if type(None) in args:
         return None if value is None else convert(args[0], value)
@@ -189,13 +189,13 @@ def header(path):
 
 
 def help_text(Config):
-    """The script's docstring, its options by what they are for, as the classes that declare them say, its configs."""
+    """The script's docstring, its options grouped by the class that declares them, and its config files."""
     kinds, default, lines = get_type_hints(Config), Config(), [inspect.getdoc(sys.modules[Config.__module__])]
     for cls in [cls for cls in Config.__mro__ if inspect.get_annotations(cls)]:
         about = 'Options' if cls.__doc__.startswith(f'{cls.__name__}(') else cls.__doc__.splitlines()[0].rstrip('.')
         lines += ['', f'{about} ({Path(inspect.getfile(cls)).name}):']
         notes = dict(re.findall(r'^ +(\w+): .*# (.*)', inspect.getsource(cls), re.M))
-        for key in [key for key in inspect.get_annotations(cls) if key in kinds]:  # the others were overridden
+        for key in [key for key in inspect.get_annotations(cls) if key in kinds]:  # the others are overridden
             value, kind = getattr(default, key), inspect.formatannotation(kinds.pop(key))
             text = ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
             lines.append(f'  {f"--{key}={shlex.quote(text)}":<31} {kind:<17} {notes.get(key, "")}')

@@ -1,4 +1,4 @@
-"""What an evaluation of preferences reports: held-out rankings, fresh samples beside the start's, cheap baselines.
+"""What an evaluation of preferences reports: held-out rankings, fresh samples, cheap baselines.
 
 Letters as in answers.py.
 """
@@ -13,25 +13,25 @@ from losses import calibration_gaps, entropy, plackett_luce_loss
 from prepare_shp import pick_groups, visible
 from runs import read_events
 
-EVAL_SEED = 0   # which held-out groups are evaluated is the same in all runs
-EVAL = 2 ** 31  # the iteration whose random numbers all evaluations share
-SHOWN = 4       # posts whose samples are printed before and after
-KEPT = 16       # samples of an evaluation that samples.jsonl keeps
+EVAL_SEED = 0   # all runs evaluate the same held-out groups
+EVAL = 2 ** 31  # the iteration number that seeds the samples of all evaluations
+SHOWN = 4       # posts whose first and last samples are printed at the end
+KEPT = 16       # samples per evaluation in samples.jsonl
 
 
 class Evaluation:
     """evaluation(step) -> the metrics of an 'eval' line. What does not change from step to step is computed once.
 
-    method: a preference.Method. Its policy answers held-out prompts; where it trains none, the start does.
+    method: a preference.Method. Its policy answers held-out prompts; if it trains none, the start does.
     """
 
     def __init__(self, lab, method, samples_log):
-        self.lab, self.method, self.start, self.samples_log = lab, method, method.reference, samples_log
-        self.policy, self.toy = method.trained.get('model') or method.reference, lab.cfg.source == 'toy'
+        self.lab, self.method, self.start, self.samples_log = lab, method, method.start, samples_log
+        self.policy, self.toy = method.trained.get('model') or method.start, lab.cfg.source == 'toy'
         held_out = lab.groups[lab.cfg.eval_split]
         groups, longest = pick_groups(held_out, EVAL_SEED, 0, len(held_out.prompts)), {}
         self.held = make_batch(cut_answers(lab, groups[:lab.cfg.eval_groups or None]))
-        for group in groups:  # of each distinct prompt, the longest ranking
+        for group in groups:  # the longest ranking of each distinct prompt
             before = longest.setdefault(tuple(group.prompt), group)
             if len(group.answers) > len(before.answers):
                 longest[tuple(group.prompt)] = group
@@ -46,7 +46,7 @@ class Evaluation:
         lab, held, valid = self.lab, self.held, self.held['answer_length'] > 0
         if 'ref_log_p' not in held:
             of_start = log_prob_under(lab, self.start, held, lab.cfg.token_order)
-            held |= dict(log_p=of_start['log_p'], ref_log_p=of_start['ordered'])
+            held |= dict(log_p=of_start['log_p'], ref_log_p=of_start['taylor'])
         found = for_all(lab, held, self.method.judge)
         score, log_p = found['score'], found.get('log_p', held['log_p'])  # a reward run has no policy but the start
         accuracy, margin, ece = pair_statistics(score, valid)
@@ -57,7 +57,7 @@ class Evaluation:
         return metrics | (self.baselines() if step == 0 else {})
 
     def samples(self, step):
-        """One answer to each held-out prompt: how far it is from the start's, how long, how good."""
+        """Samples one answer to each held-out prompt: KL to the start, entropy, length, quality."""
         lab, eot = self.lab, self.lab.encoding.eot_token
         answers = sample(lab, self.policy, self.prompts, EVAL, 0)
         batch = make_batch([group._replace(prompt=prompt, answers=[answer])
@@ -85,7 +85,7 @@ class Evaluation:
         return metrics
 
     def log_p_and_entropy(self, rows):
-        """Of the policy's own samples: log pi(y|x) (G, K), and the entropy (M,) of each distribution drawn from."""
+        """Of the policy's own samples: log pi(y|x) (G, K), and the entropy (M,) of the distribution of each token."""
         hidden = hidden_states(self.lab, self.policy, rows)
         with self.lab.machine.autocast():
             chunks = self.policy.log_prob_chunks(hidden.flatten(0, 1)[rows.place])
@@ -93,10 +93,10 @@ class Evaluation:
         return dict(log_p=rows.per_answer(token_log_probs(self.lab, self.policy, hidden, rows)), entropy=of_token)
 
     def baselines(self):
-        """How many held-out pairs cheap rankers order that never read the question, and on the toy the truth itself.
+        """Rank accuracy of cheap rankers that ignore the question and, on the toy data, of the true quality.
 
-        length: the longer answer, or the shorter if that orders more of the training pairs; bag: the sum of a weight
-        for each of the answer's tokens, fitted to at most 4,000 training rankings by maximum likelihood.
+        length: the longer answer, or the shorter if that orders more of the training pairs; bag: a sum of weights of
+        the answer's tokens, fitted to at most 4,000 training rankings by maximum likelihood.
         """
         lab, held = self.lab, self.held
         groups = lab.groups['train']
@@ -124,10 +124,10 @@ class Evaluation:
             found['rank_accuracy_truth'] = pair_statistics(self.qualities(held, posts), valid)[0]
         return found
 
-    # the toy data have a known truth
+    # true quality, known for the toy data
 
     def qualities(self, batch, posts):
-        """toy_shp.quality of all answers, (G, K), 0 where there is none."""
+        """toy_shp.quality of all answers, (G, K), 0 where there is no answer."""
         quality = torch.zeros(batch['answer_length'].shape)
         for g, (post, answers) in enumerate(zip(posts, answers_of(batch))):
             for k, answer in enumerate(answers):
@@ -145,7 +145,7 @@ class Evaluation:
 
 
 def pair_statistics(scores, valid):
-    """scores, valid (G, K), best first -> share of pairs in order (ties one half), mean difference, calibration error.
+    """scores, valid (G, K), best first -> share of pairs in order (a tie is 1/2), mean difference, calibration error.
 
     The difference of scores is the log-odds that the first is preferred.
     """
@@ -159,7 +159,7 @@ def pair_statistics(scores, valid):
 
 
 def show_samples(out_dir):
-    """The first posts' samples before and after, from samples.jsonl."""
+    """Prints the samples of the first posts before and after training, from samples.jsonl."""
     lines = read_events(out_dir / 'samples.jsonl')
     before, after = ([line for line in lines if line['step'] == lines[i]['step']][:SHOWN] for i in (0, -1))
     for old, new in zip(before, after):
@@ -176,24 +176,24 @@ def show_samples(out_dir):
 def report_reward_model(evaluation, batch, reward):
     """Centres the reward model on samples of the start; on the toy also its correlation with the true quality.
 
-    A ranking loss does not see the offset, and no optimizer moves it: it is set here alone.
+    A ranking loss does not depend on the offset, and no optimizer updates it: it is set only here.
     """
     offset = evaluation.method.scorer.offset
     if reward.isfinite().all():
         with torch.no_grad():
             offset -= reward.mean().to(offset.device)
-    reward -= reward.mean()  # the samples are shown with what the centred model says
+    reward -= reward.mean()  # samples.jsonl has the centred rewards
     metrics = dict(reward_std=reward.std(correction=0).item())
     if evaluation.toy:
         both = torch.stack([reward, evaluation.qualities(batch, evaluation.posts)[:, 0]])
-        metrics['reward_quality_correlation'] = torch.corrcoef(both)[0, 1].item()  # nan where all rewards are equal
+        metrics['reward_quality_correlation'] = torch.corrcoef(both)[0, 1].item()  # NaN if all rewards are equal
     return metrics
 
 
 def report_teacher(evaluation, batch, teacher, scorer):
-    """Do the teacher's answers lie between the data's best and the policy's own, on held-out prompts?
+    """Whether the teacher's answers lie between the data's best and the policy's own, on held-out prompts.
 
-    teacher: its answer to each of evaluation.asked, None where it has none.
+    teacher: its answer to each of evaluation.asked, or None.
     """
     lab, own = evaluation.lab, answers_of(batch)
     rows = [i for i, answer in enumerate(teacher) if answer is not None]

@@ -25,7 +25,7 @@ def taylor_loss(log_p, n):
     """T_n = -log p - sum_{k=1..n} q^k / k, with q = 1 - p: cross-entropy without the first n terms of its series.
 
     log_p (any shape), log-probabilities of tokens or of ranking stages -> the same shape. n = 0 is cross-entropy.
-    The gradient is closed, d T_n / d log p = -q^n: cross-entropy, each element weighted by (1 - p)^n.
+    The gradient is d T_n / d log p = -q^n: that of cross-entropy, each element weighted by (1 - p)^n.
     Exact for the log_p given; a loss that starts from logits should use `linear_loss`, which computes q better.
     Raises ValueError if n is not an integer >= 0.
     """
@@ -34,14 +34,14 @@ def taylor_loss(log_p, n):
 
 def _order(n):
     if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-        raise ValueError(f'the order of a Taylor loss is an integer n >= 0, but got {n!r}')
+        raise ValueError(f'the order of a Taylor loss must be an integer n >= 0, not {n!r}')
     return n
 
 
 class _TaylorLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_p, n):
-        exact = log_p.to(torch.promote_types(log_p.dtype, torch.float32))  # bfloat16 has too few digits on the way
+        exact = log_p.to(torch.promote_types(log_p.dtype, torch.float32))  # bfloat16 has too few digits
         q = -torch.expm1(exact)
         ctx.save_for_backward(q)
         ctx.n = n
@@ -57,8 +57,8 @@ class _TaylorLoss(torch.autograd.Function):
 def _taylor_value(log_p, q, n):
     """T_n without cancellation: sum_{k>n} q^k / k = q^(n+1) * integral_0^1 s^n / (1 - q s) ds.
 
-    Every term of the Gauss-Legendre sum is positive, so it is exact to rounding, relative to itself, up to q = 0.8;
-    above, little cancels in -log p - sum_{k<=n} q^k / k, and p -> 0 stays finite for as long as log p is.
+    All terms of the Gauss-Legendre sum are positive, so its relative error is that of rounding up to q = 0.8. Above,
+    little cancels in -log p - sum_{k<=n} q^k / k, and the value is finite for every finite log p.
     """
     if n == 0:
         return -log_p
@@ -84,7 +84,7 @@ def taylor_link(log_probs, n):
     """
     if _order(n) == 0:
         return log_probs
-    # log(1 - p_i): at most one p_i exceeds 1/2, and only there would log1p(-p_i) cancel
+    # log(1 - p_i): at most one p_i exceeds 1/2, and only for that one log1p(-p_i) loses digits
     top = log_probs.argmax(-1, keepdim=True)
     log_others = log_probs.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
     log_q = torch.log1p(-log_probs.exp()).scatter(-1, top, log_others)
@@ -94,7 +94,7 @@ def taylor_link(log_probs, n):
 
 
 def link_order(loss):
-    """n where the loss is T_n with n >= 1, whose probabilities link_n maps to calibrated ones; 0 for any other loss."""
+    """n if the loss is T_n with n >= 1, whose under-confidence link_n undoes; 0 for any other loss."""
     if isinstance(loss, functools.partial) and loss.func is taylor_loss:
         return loss.keywords['n']
     return 0
@@ -110,7 +110,7 @@ def slope_of(loss, log_p):
 
 
 def _slope(loss, log_p):
-    """The slope of `slope_of` alone. T_n's is closed: autograd once a chunk made a step at 64 channels 3 % slower."""
+    """Only the slope of `slope_of`. That of T_n is written out: autograd made a step at 64 channels 3 % slower."""
     if isinstance(loss, functools.partial) and loss.func is taylor_loss:
         return -(-torch.expm1(log_p)) ** loss.keywords['n']
     return slope_of(loss, log_p)[1]
@@ -120,21 +120,21 @@ def _slope(loss, log_p):
 def linear_loss(hidden, weight, targets, loss, vocab_size=None):
     """Head and loss in one pass: the sum of loss(log p(target)) under softmax(hidden @ weight.T), and each log p.
 
-    hidden (N, C), weight (V, C), targets (N,) -> total (), log_p (N,). Plain version, which a test holds against it:
+    hidden (N, C), weight (V, C), targets (N,) -> total (), log_p (N,). The plain version, compared in a test:
 
         log_p = token_log_prob(hidden @ weight[:vocab_size].T, targets)
         total = loss(log_p)[targets >= 0].sum()
 
-    loss is any differentiable elementwise function of log p. At most a chunk of the (N, V) logits exists at a time. The
-    gradient on them is slope * (onehot - softmax), with the slope d loss / d log p by autograd on the chunk's few
-    numbers, so the forward pass computes both gradients (three matrix products), and the backward pass scales them.
+    loss is any differentiable elementwise function of log p. At most one chunk of the (N, V) logits exists at a time.
+    Its gradient is slope * (onehot - softmax), with the slope d loss / d log p from autograd on the chunk's log p. So
+    the forward pass computes both gradients (three matrix products), and the backward pass only scales them.
     log_p carries no gradient, and is 0 where the target is -1. It comes from the sum of the OTHER probabilities, so
     that -expm1(log_p) is q = 1 - p with all its digits. In float32 the gradient of a row of hidden errs by up to 1e-5
     of its norm at logits of scale 3, by up to 1e-4 at scale 30, from the rounding of the logits.
 
     vocab_size: ids from here on are padding and have probability 0 (default: none). Products run in the autocast dtype
-    where autocast is on, else in hidden's, float16 in float32; sums are kept in float32 or better.
-    Raises ValueError where shapes do not fit, or where loss mixes elements, for then it would depend on the chunk.
+    if autocast is on, else in hidden's; float16 becomes float32. Sums are kept in float32 or better.
+    Raises ValueError if shapes do not fit, or if loss mixes elements, since it would then depend on the chunk.
     """
     _check_elementwise(loss, hidden.device)
     return _LinearLoss.apply(hidden, weight, targets, loss, *_head_options(hidden, weight, targets, vocab_size))
@@ -158,7 +158,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        # in place: autograd then refuses a second backward pass
+        # in place, so that autograd rejects a second backward pass
         return *(x if x is None else x.mul_(grad) for x in ctx.saved_tensors), *[None] * 5
 
 
@@ -166,8 +166,8 @@ class _LinearLoss(torch.autograd.Function):
 def linear_token_log_prob(hidden, weight, targets, vocab_size=None):
     """Head and log p(target) in one pass: hidden (N, C), weight (V, C), targets (N,) -> (N,); 0 where the target is -1.
 
-    Differentiable for any upstream gradient. That comes later than the logits, so the backward pass makes each chunk
-    again (four matrix products), unless there is but one, which is kept. All else as in `linear_loss`.
+    Differentiable for any upstream gradient. It is not known in the forward pass, so the backward pass recomputes each
+    chunk (four matrix products); a single chunk is kept instead. Otherwise as `linear_loss`.
     """
     return _LinearTokenLogProb.apply(hidden, weight, targets, *_head_options(hidden, weight, targets, vocab_size))
 
@@ -196,7 +196,7 @@ class _LinearTokenLogProb(torch.autograd.Function):
 def _chunks(hidden, w, targets, vocab_size):
     """Yields rows (a slice), h (R, C), error = softmax - onehot (R, V), log_p (R,) with 0 where the target is -1.
 
-    All errors are one buffer.
+    All errors share one buffer.
     """
     size, error_of = chunk_rows(len(hidden), *w.shape, w.dtype, w.device.type), _error_of(w.device.type)
     buffer = w.new_empty(size, len(w))
@@ -210,7 +210,7 @@ def _chunks(hidden, w, targets, vocab_size):
 
 @functools.cache
 def _error_of(device):
-    """`plain_error`, or on CUDA the kernel that stands in for it, where there is triton: part of torch on Linux."""
+    """`plain_error`, or, on CUDA with triton (part of torch on Linux), the kernel that replaces it."""
     if device == 'cuda' and find_spec('triton'):
         from extras import kernels
         return kernels.error_of
@@ -230,13 +230,13 @@ def plain_error(h, w, targets, vocab_size, out):
     q = q.to(exact)
     log_p = torch.where(q < 0.5, torch.log1p(-q), p.log())
     lost = p < torch.finfo(exact).tiny
-    if lost.any():                     # below the smallest number of its dtype: from the logits
+    if lost.any():                     # p underflows: log p from the logits
         log_p[lost] = token_log_prob((h[lost] @ w[:vocab_size].T).to(exact), targets[lost])
     return log_p
 
 
 class _Gradients:
-    """Those of hidden and of weight, where wanted, summed over chunks at least in float32."""
+    """The gradients of hidden and weight, if wanted, summed over chunks in float32 or better."""
 
     def __init__(self, hidden, weight, wanted):
         self.exact = _exact(weight.dtype)
@@ -246,7 +246,7 @@ class _Gradients:
             self.weight.zero_()
 
     def add(self, rows, h, w, error, slope):
-        """Adds the gradients of sum(slope * log p); the slope enters at (R, C), where it costs little."""
+        """Adds the gradients of sum(slope * log p). The slope multiplies an (R, C) tensor, which is cheap."""
         slope = -slope[:, None]
         if self.hidden is not None:
             self.hidden[rows] = error @ w * slope
@@ -257,7 +257,7 @@ class _Gradients:
             wider = {} if h.dtype == self.exact else dict(out_dtype=self.exact)
             torch.addmm(self.weight, error.T, h, beta=0.0 if first else 1.0, out=self.weight, **wider)
             return
-        for total, part in zip(self.weight.split(4096), error.T.split(4096)):  # added while they are in cache
+        for total, part in zip(self.weight.split(4096), error.T.split(4096)):  # added while still in cache
             total.copy_(part @ h) if first else total.add_(part @ h)
 
 
@@ -266,9 +266,9 @@ def _exact(dtype):
 
 
 def rows_with_targets(hidden, targets):
-    """hidden (..., C), targets (...) on the CPU -> hidden (N, C), targets (N,) of those that are >= 0, on one device.
+    """hidden (..., C), targets (...) on the CPU -> hidden (N, C), targets (N,) with targets >= 0, on hidden's device.
 
-    The indices are known on the host, so that a GPU is not waited for.
+    The indices are computed on the host, so that it does not wait for the GPU.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     rows = (targets >= 0).nonzero()[:, 0]
@@ -278,46 +278,46 @@ def rows_with_targets(hidden, targets):
 
 
 def to_device(x, device):
-    """x on the CPU -> on the device, by way of pinned memory, so that the host does not wait until a GPU is ready."""
+    """x on the CPU -> on the device, through pinned memory, so that the host does not wait for the GPU."""
     return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else x.to(device)
 
 
 def _head_options(hidden, weight, targets, vocab_size):
-    """-> real vocabulary, dtype of the products, whether gradients of hidden and of weight are wanted."""
+    """-> vocabulary without padding, dtype of the products, whether gradients of hidden and of weight are wanted."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
-        raise ValueError(f'a linear head takes hidden (N, C), weight (V, C) and targets (N,), but got '
+        raise ValueError(f'a linear head takes hidden (N, C), weight (V, C) and targets (N,), not '
                          f'{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}')
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 holds no probability of 1e-8
+    dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 rounds 1e-8 to 0
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     return vocab_size or len(weight), dtype, wanted
 
 
 @functools.lru_cache(16)
 def _check_elementwise(loss, device):
-    """Once for each loss: that of two halves is that of the whole."""
+    """Checks, once per loss, that the losses of two halves are those of the whole."""
     log_p = torch.linspace(-9, -0.1, 8, device=device)
     whole = loss(log_p)
     if whole.shape != log_p.shape or not torch.allclose(whole, torch.cat([loss(part) for part in log_p.split(4)])):
-        raise ValueError(f'a loss is an elementwise function of log p, but {loss_name(loss)} mixes its elements; '
-                         'return one value for each, and leave sums and means to linear_loss')
+        raise ValueError(f'a loss must be an elementwise function of log p, but {loss_name(loss)} mixes its elements; '
+                         'return one value per element, and leave sums and means to linear_loss')
 
 
 def loss_name(loss):
-    """A name for the log, config.json and checkpoints: taylor_loss(n=2), focal, or of a lambda its source line."""
+    """A name for the log, config.json and checkpoints: taylor_loss(n=2), focal, or of a lambda its source."""
     if isinstance(loss, functools.partial):
         arguments = [*map(str, loss.args), *(f'{name}={value}' for name, value in loss.keywords.items())]
         return f'{loss_name(loss.func)}({", ".join(arguments)})'
     name = getattr(loss, '__name__', type(loss).__name__)
     if name == '<lambda>':
-        return inspect.getsource(loss).strip()
+        return 'lambda' + inspect.getsource(loss).partition('lambda')[2].partition('  #')[0].rstrip()
     return name
 
 
 def chunk_rows(N, V, C, dtype, device='cpu'):
-    """Rows of a chunk of logits. On a CPU few enough for its cache, more for wide models, whose (V, C) gradient each
-    chunk adds to, and for small vocabularies (measured on two CPUs). On a GPU up to 2^28 logits, 512 MiB of bfloat16.
+    """Rows per chunk of logits. On a CPU, few enough for its cache, but more for wide models, since each chunk adds to
+    a (V, C) gradient, and for small vocabularies (measured on two CPUs). On a GPU 2^28 logits, 512 MiB of bfloat16.
     """
     if device == 'cuda':
         return max(1, min(N, 2 ** 28 // V))
@@ -339,12 +339,12 @@ def calibration_gaps(confidence, right, lowest=0.0):
 
 def entropy(log_p):
     """-sum_v p_v log p_v: (..., V) -> (...), nats. torch.special.entr takes three times as long on a CPU."""
-    return -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # 0 * -inf is no number
+    return -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # 0 * -inf is NaN
 
 
 def token_statistics(log_p, targets, b=None):
-    """(R, V), (R,) -> (R, 4), by token: cross-entropy, whether the likeliest token is the target, its probability,
-    entropy. With b = 1/t four columns more, those of `scaled_ce`."""
+    """(R, V), (R,) -> (R, 4), per token: cross-entropy, whether the likeliest token is the target, its probability,
+    entropy. With b = 1/t, also the four columns of `scaled_ce`."""
     confidence, likeliest = log_p.max(1)
     columns = torch.stack([-log_p.gather(1, targets[:, None])[:, 0], (likeliest == targets).to(log_p.dtype),
                            confidence.exp(), entropy(log_p)], 1)
@@ -387,8 +387,8 @@ def _step(series, b):
 def cross_fitted(series, b):
     """Sums of `scaled_ce` at b over two halves, [[f, f', f'', f'''], [...]] -> (cross-entropy, t).
 
-    Each half is scored at the t that fits the other half (a step from b finds it, a series gives f there), so that no
-    text sets its own temperature. The cross-entropy is the sum over both, t the geometric mean.
+    Each half is scored at the t fitted on the other half (by a step from b, and a Taylor series of f), so that no text
+    affects its own temperature. The cross-entropy is the sum over both halves, t the geometric mean.
     """
     steps = [_step(half, b) for half in series]
     ce = sum(f + d * (f1 + d * (f2 / 2 + d * f3 / 6)) for (f, f1, f2, f3), d in zip(series, reversed(steps)))
@@ -411,18 +411,20 @@ def implicit_reward(log_p, ref_log_p, beta):
 def plackett_luce_log_prob(scores, valid=None):
     """log p_k = s_k - logsumexp_{j>=k} s_j, the k-th choice of a ranking: scores (..., K), best first -> (..., K).
 
-    valid (..., K) bool, the valid answers first; an invalid score may hold anything, its stage and gradient are 0.
-    The last stage is certain: 0. K = 2 is Bradley-Terry. Plackett 1975; Luce 1959.
+    valid (..., K) bool, the valid answers first; an invalid score may be anything, its stage and gradient are 0.
+    The last stage is certain: 0. K = 2 is Bradley-Terry. Plackett 1975; Luce 1959. Plain version:
+
+        log_p = scores - scores.flip(-1).logcumsumexp(-1).flip(-1)
     """
     if valid is None:
         valid = torch.ones_like(scores, dtype=torch.bool)
-    # finite, for -inf - -inf is NaN
+    # finite, since -inf - -inf is NaN
     lowest = torch.finfo(scores.dtype).min
-    # a shift changes no probability, and large scores keep their digits
-    top = scores.detach().masked_fill(~valid, lowest).amax(-1, keepdim=True)
-    scores = (scores - top).masked_fill(~valid, lowest)
+    # a shift changes no probability, and preserves the digits of large scores
+    largest = scores.detach().masked_fill(~valid, lowest).amax(-1, keepdim=True)
+    scores = (scores - largest).masked_fill(~valid, lowest)
     worse = scores.flip(-1).logcumsumexp(-1).flip(-1)[..., 1:]
-    # logsigmoid: a stage that is nearly certain keeps its digits too
+    # logsigmoid also preserves the digits of a nearly certain stage
     log_p = F.pad(F.logsigmoid(scores[..., :-1] - worse), (0, 1))
     return log_p.masked_fill(~valid, 0.0)
 
@@ -431,8 +433,8 @@ def plackett_luce_loss(scores, n=0, valid=None, top=None):
     """sum_k T_n(p_k) over the stages of a ranking: scores (..., K), best first -> (...); log K! at equal scores, n = 0.
 
     With implicit rewards as scores and n = 0 this is PL-DPO (K = 2: DPO). `valid` as in `plackett_luce_log_prob`.
-    top: only the first `top` stages count, a partial ranking: the best `top` are in order, the rest lie below them in
-    no known order. top = 1 is the choice of the best, -log softmax(scores)_1; None counts all stages.
+    top: only the first `top` stages count, as in a partial ranking: the best `top` are in order, the rest are below
+    them in unknown order. top = 1 is the choice of the best, -log softmax(scores)_1; None counts all stages.
     """
     return taylor_loss(plackett_luce_log_prob(scores, valid)[..., :top], n).sum(-1)
 
@@ -461,7 +463,7 @@ def renormalize_reward(reward, n=2, monotone=True):
     if n not in (2, 3):
         raise ValueError(f'renormalised rewards exist for n = 2 and n = 3 only, but got n={n}' + (
             ': E[R] = 0, E[R^2] = 1 and E[R^3] = 1 force E[R^4] >= 2 (kurtosis >= skewness^2 + 1)' if n >= 4 else ''))
-    # sorted, so that the order is a matter of neighbours; in float64, for E[R^3] cancels
+    # sorted, so that the order depends on neighbours only; in float64, since E[R^3] cancels
     r, order = reward.double().reshape(-1, reward.shape[-1]).sort(-1)
     phi = _orthonormal_polynomials(r)
     R = whitened = phi[:, 0]
@@ -469,7 +471,7 @@ def renormalize_reward(reward, n=2, monotone=True):
     if n == 3:
         R = _third_moment(phi, monotone)
         kept = (phi[:, 1] != 0).any(-1, keepdim=True)  # two distinct values have no phi_2
-        if monotone:  # rewards that are as good as equal may change places by rounding
+        if monotone:  # rounding may swap rewards that are nearly equal
             kept &= ((R.diff() > 0) == (whitened.diff() > 0)).all(-1, keepdim=True)
         R = torch.where(kept, R, whitened)
         residual = ((R ** 3).mean(-1) - 1).abs()
@@ -479,7 +481,7 @@ def renormalize_reward(reward, n=2, monotone=True):
 
 
 def _orthonormal_polynomials(r):
-    """phi_1, phi_2, phi_3 of r over each group: sorted r (G, K) -> (G, 3, K); 0 where distinct values run out."""
+    """phi_1, phi_2, phi_3 of r over each group: sorted r (G, K) -> (G, 3, K); 0 if too few values are distinct."""
     x = r - r[:, :1]  # first, so that a large offset costs no digits
     x = x - x.mean(-1, keepdim=True)
     std = x.square().mean(-1, keepdim=True).sqrt()
@@ -502,7 +504,7 @@ def _third_moment(phi, monotone):
     if monotone and free.any():
         width = torch.pi / 16
         t = width * torch.arange(32).to(phi).expand(int(free.sum()), 32)
-        for _ in range(11):  # each time into a quarter of the width, around the best
+        for _ in range(11):  # each time a quarter of the width, around the best
             best, R[free], residual[free] = _best_direction(phi[free], t, monotone)
             t = best + width * torch.linspace(-1, 1, 9).to(phi)
             width /= 4
@@ -512,11 +514,11 @@ def _third_moment(phi, monotone):
 def _best_direction(phi, t, monotone):
     """The best R = cos(a) phi_1 + sin(a) (cos(t) phi_2 + sin(t) phi_3), a >= 0, over the directions t (G, D).
 
-    That is the root of E[R^3] = 1 with the smallest a, or else the least error -> t (G, 1), R (G, K), error (G,).
+    The best is the root of E[R^3] = 1 with the smallest a, or else the least error -> t (G, 1), R (G, K), error (G,).
     """
     phi_1, phi_2, phi_3 = phi[:, :, None].unbind(1)
     v = t.cos()[..., None] * phi_2 + t.sin()[..., None] * phi_3
-    end, cells = torch.full_like(t, torch.pi), 512  # many, for two roots may lie close together
+    end, cells = torch.full_like(t, torch.pi), 512  # many, since two roots may lie close together
     if monotone:  # the order holds while cos(a) + sin(a) slope >= 0.01, for the least slope of v over phi_1
         slope = torch.where(phi_1.diff() > 0, v.diff() / phi_1.diff(), 0.0)
         slope = F.pad(slope, (0, 1)).amin(-1)  # 0 binds nothing, at ties or for K = 1
@@ -544,7 +546,7 @@ def _best_direction(phi, t, monotone):
 
 
 def masked_mean(x, mask):
-    """Mean of x where mask: both of one shape -> a scalar; 0 where nothing is. What lies outside may even be NaN."""
+    """Mean of x where mask is true (same shapes) -> a scalar; 0 for an empty mask. Values outside it may be NaN."""
     mask = mask.bool()
     return x.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
@@ -553,7 +555,7 @@ def masked_mean(x, mask):
 def gae(reward, value, mask, gamma, lam):
     """Generalised advantages A_t = sum_{l>=0} (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
 
-    reward, value, mask (B, T), the mask one stretch of each row -> (B, T), 0 outside, no gradient.
+    reward, value, mask (B, T), the mask contiguous in each row -> (B, T), 0 outside, no gradient.
     The return, which the value is trained on, is A + V. Schulman et al. 2016.
     """
     mask = mask.bool()

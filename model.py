@@ -1,7 +1,7 @@
 """The transformer, its key-value cache and generation.
 
 A GPT-2: pre-LayerNorm blocks, tanh-GELU, learned positions (Radford et al. 2019). `forward` returns hidden states and
-`logits` is apart, so that training can put head and loss together (losses.linear_loss).
+`logits` is separate, so that training can fuse head and loss (losses.linear_loss).
 """
 import math
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-GRAPHED = 'cuda',  # where generate replays a captured step (extras/graphs.py), in place of the loop below
-LOGITS = dict(cpu=2 ** 21, mps=2 ** 24, cuda=2 ** 27)  # at once in an evaluation: few, for the caches of a CPU
+GRAPHED = 'cuda',  # where generate replays a captured step (extras/graphs.py) instead of the loop below
+LOGITS = dict(cpu=2 ** 21, mps=2 ** 24, cuda=2 ** 27)  # per chunk of an evaluation; few on a CPU, to fit its cache
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    vocab_size: int   # of the tokenizer; the embedding is padded
+    vocab_size: int   # of the tokenizer; the embedding has padding
     block_size: int
     n_layer: int
     n_head: int
@@ -47,7 +47,7 @@ class KVCache:
         self.batch = torch.arange(batch_size, device=device)[:, None]
 
     def write(self, layer, k, v, positions):
-        """k, v (B, n_head, T, D) at positions (B, T) -> all keys and values up to the longest row."""
+        """Stores k, v (B, n_head, T, D) at positions (B, T) -> all keys and values up to the longest row."""
         self.k[layer][self.batch, :, positions] = k.transpose(1, 2).to(self.k.dtype)
         self.v[layer][self.batch, :, positions] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer, :, :, :self.longest].to(k.dtype), self.v[layer, :, :, :self.longest].to(v.dtype)
@@ -103,7 +103,7 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
-            if p.ndim == 2:  # GPT-2's own: residual branches start smaller, the deeper the model
+            if p.ndim == 2:  # as in GPT-2: the deeper the model, the smaller the residual branches
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
@@ -111,9 +111,9 @@ class GPT(nn.Module):
     def forward(self, idx, cache=None, positions=None, mask=None):
         """Token ids idx (B, T) -> hidden states (B, T, C) after the last LayerNorm.
 
-        With a cache the tokens follow those that it holds. Without one, positions (B, T) and mask (B, 1, T, T), True
-        where a query sees a key, may say how several texts share a row (answers.pack); the default is one causal
-        text a row. Raises ValueError if a text exceeds block_size, except where positions are given.
+        With a cache, the tokens follow those in the cache. Without one, positions (B, T) and mask (B, 1, T, T), True
+        where a query attends to a key, allow several texts in a row (answers.pack); the default is one causal text
+        per row. Raises ValueError if a text exceeds block_size, unless positions are given.
         """
         T, longest = idx.shape[1], idx.shape[1] + (cache.longest if cache else 0)
         if positions is None:
@@ -140,25 +140,25 @@ class GPT(nn.Module):
         return logits
 
     def log_prob_chunks(self, hidden):
-        """hidden (N, C) -> log-probabilities (R, V), a chunk of rows after the other: what an evaluation reads."""
+        """Yields the log-probabilities (R, V) of hidden (N, C), one chunk of rows after another, for evaluations."""
         for rows in hidden.split(max(1, LOGITS[hidden.device.type] // self.config.vocab_size)):
             yield self.logits(rows).log_softmax(-1)
 
-    @torch.no_grad()  # not inference_mode, in which autocast casts the weights anew at every token
+    @torch.no_grad()  # not inference_mode, in which autocast casts the weights again at every token
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, eot=None, uniform=None,
                  transform=None, on_token=None):
         """Continues each prompt, a list of token ids; their lengths may differ. Returns the lists of new ids.
 
-        A row ends with the id `eot` (which it then holds), after max_new_tokens, or where the block is full. Row b
-        draws its t-th token with the uniform number uniform[b, t], (B, max_new_tokens), by default torch.rand's: a
-        row's sample depends neither on when the others end nor on which they are.
+        A row ends with the id `eot` (included), after max_new_tokens, or when the block is full. The t-th token of row
+        b is drawn with the uniform number uniform[b, t], (B, max_new_tokens), by default from torch.rand: a row's
+        sample does not depend on the other rows.
         temperature 0 takes the likeliest token; top_k 0 keeps all. transform: log-probabilities -> log-probabilities,
-        applied before both (see losses.taylor_link). on_token(row, id) sees each token as it comes.
-        Raises ValueError on an empty prompt or one that leaves no room in the block.
+        applied before both (see losses.taylor_link). on_token(row, id) is called with each new token.
+        Raises ValueError for an empty prompt, or one that leaves no room in the block.
         """
         for b, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.config.block_size:
-                raise ValueError(f'prompt {b} has {len(prompt)} tokens; between 1 and {self.config.block_size - 1} fit '
+                raise ValueError(f'prompt {b} has {len(prompt)} tokens; from 1 to {self.config.block_size - 1} fit '
                                  f'into block_size={self.config.block_size} with room for an answer')
         if not prompts:
             return []
@@ -171,10 +171,10 @@ class GPT(nn.Module):
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         cache = KVCache(self.config, len(prompts), max_tokens, device, dtype)
         answers = [[] for _ in prompts]
-        rows = list(range(len(prompts)))  # the prompts still running, in the order of the batch
+        rows = list(range(len(prompts)))  # prompts whose answers have not ended, in batch order
         hidden = self(idx, cache=cache)[torch.arange(len(prompts), device=device), length - 1]
-        cache.length = length             # behind it lies padding, which each row's own tokens overwrite
-        if device.type in GRAPHED and transform is on_token is None:
+        cache.length = length             # padding follows, which each row's new tokens overwrite
+        if device.type in GRAPHED and transform is None and on_token is None:
             from extras import graphs
             answers = graphs.decode(self, prompts, cache, hidden, uniform, max_new_tokens, temperature, top_k, eot)
             self.train(was_training)
@@ -184,13 +184,12 @@ class GPT(nn.Module):
             if transform is not None:
                 logits = transform(logits.log_softmax(-1))
             token = sample_token(logits, uniform[rows, t], temperature, top_k)
-            running = []
-            for i, (b, id) in enumerate(zip(rows, token.tolist())):
+            for b, id in zip(rows, token.tolist()):
                 answers[b].append(id)
                 if on_token is not None:
                     on_token(b, id)
-                if id != eot and len(prompts[b]) + len(answers[b]) < self.config.block_size:
-                    running.append(i)
+            running = [i for i, b in enumerate(rows) if answers[b][-1] != eot
+                       and len(prompts[b]) + len(answers[b]) < self.config.block_size]
             if not running:
                 break
             if len(running) < len(rows):
@@ -202,16 +201,16 @@ class GPT(nn.Module):
         return answers
 
     def flops_per_token(self, T):
-        """FLOPs of a training step per token: 6 a multiplying weight, 12 C T a layer for attention (PaLM, app. B)."""
+        """FLOPs of training per token: 6 per weight of a product, 12 C T per layer for attention (PaLM, app. B)."""
         c = self.config
         return 6 * (12 * c.n_layer * c.n_embd ** 2 + c.padded_vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
 
 
 class ScalarHead(nn.Module):
-    """A GPT read by a scalar at every token: a value, or what a reward is read from. It starts at 0.
+    """A GPT with a scalar output at every token, for values and rewards. It starts at 0.
 
-    read: whether a reward is the scalar at an answer's 'last' token, or the 'sum' over the answer's tokens; `offset` is
-    added once to either, and to a value.
+    read: a reward is the scalar at an answer's 'last' token, or the 'sum' over the answer's tokens. `offset` is added
+    once to a reward, and to every value.
     """
 
     def __init__(self, gpt, read='last'):
@@ -220,7 +219,7 @@ class ScalarHead(nn.Module):
         self.head = nn.Linear(gpt.config.n_embd, 1, bias=False)
         self.offset = nn.Parameter(torch.zeros(1))
         nn.init.zeros_(self.head.weight)
-        if not gpt.config.tie_weights:  # a language head apart stays as it is: DDP waits for all that has a gradient
+        if not gpt.config.tie_weights:  # freeze the unused language head: DDP waits for the gradient of every parameter
             gpt.lm_head.weight.requires_grad_(False)
 
     def forward(self, idx, positions=None, mask=None):
@@ -231,13 +230,13 @@ class ScalarHead(nn.Module):
 
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0):
-    """Inverse-CDF sampling: logits (B, V), uniform (B,) in [0, 1) -> ids (B,). An id with logit -inf never comes."""
+    """Inverse-CDF sampling: logits (B, V), uniform (B,) in [0, 1) -> ids (B,). An id with logit -inf is never drawn."""
     if temperature < 1e-9:  # the likeliest token; smaller numbers would overflow
         return logits.argmax(-1)
     logits = logits if temperature == 1 else logits / temperature
     if top_k and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    # in two steps, first a block of ids, then one of them, since a cumulative sum over all would cost as much as a head
+    # in two steps, first a block of ids, then an id in it: a cumulative sum over all ids would cost as much as the head
     p = logits.softmax(-1)
     if p.shape[-1] % 64:
         p = F.pad(p, (0, -p.shape[-1] % 64))
@@ -248,10 +247,10 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0):
 
 
 def _draw(p, u):
-    """p (B, M) >= 0, u (B,) in [0, 1) -> i (B,), drawn with p_i / sum(p), and where u lies within p_i, in [0, 1)."""
+    """p (B, M) >= 0, u (B,) in [0, 1) -> i (B,), drawn from p / sum(p), and the position of u within p_i, in [0, 1)."""
     cdf = p.cumsum(-1)
     u = u[:, None] * cdf[:, -1:]
     i = torch.searchsorted(cdf, u, right=True).clamp(max=p.shape[-1] - 1)
-    i = torch.where(p.gather(1, i) > 0, i, p.argmax(-1, keepdim=True))  # after rounding an entry of 0 may be hit
+    i = torch.where(p.gather(1, i) > 0, i, p.argmax(-1, keepdim=True))  # rounding may select an entry of 0
     within = (u - F.pad(cdf, (1, 0)).gather(1, i)) / p.gather(1, i)
     return i[:, 0], within[:, 0].clamp(0, 1 - 2 ** -24)

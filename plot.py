@@ -1,4 +1,4 @@
-"""metrics.jsonl of some runs -> one picture: curves raw and smoothed, named by the options that tell the runs apart.
+"""Plots the metrics.jsonl of one or several runs: raw and smoothed curves, labelled by the options that differ.
 
     python plot.py out/toy_t0 out/toy_t1 out/toy_t2
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-from matplotlib.figure import Figure  # not pyplot: it would look for a screen
+from matplotlib.figure import Figure  # not pyplot, which would look for a screen
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
@@ -18,16 +18,16 @@ from configurator import NOT_RESUMED, Options, Refusal, run
 from runs import read_events, replacing
 
 SMOOTHING = 0.99  # of the moving average, for curves of 2500 points or more
-FEW_POINTS = 50   # below which a curve has a mark at each point; below four times as many it is not smoothed
-COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#444444'  # Okabe & Ito: for all eyes
-NAMELESS = *NOT_RESUMED, 'log_interval'  # options that name no run
+FEW_POINTS = 50   # a curve with fewer points has markers; one with fewer than 4 times as many is not smoothed
+COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#444444'  # Okabe & Ito: colour-blind safe
+NAMELESS = *NOT_RESUMED, 'log_interval'  # options that are not used in labels
 
 
 class Panel(NamedTuple):
     title: str
     unit: str
-    metrics: dict         # name: (line, its meaning)
-    baselines: dict = {}  # name of a metric of step 0, drawn as a horizontal line: its label
+    metrics: dict         # name: (line style, meaning)
+    baselines: dict = {}  # name of a metric of step 0, drawn as a horizontal line: label
     limits: tuple = None  # of the y axis
     over: str = ''        # the metric of the x axis; '' = tokens or steps
 
@@ -47,7 +47,7 @@ PREFERENCE = [
     Panel('True quality', 'mean over samples', {'true_quality': ('-', '')}, limits=(0, 1), baselines=dict(
         true_quality_best="the data's best", true_quality_data='all data', true_quality_random='random letters')),
     Panel('True quality over distance', 'mean over samples', {'true_quality': ('-', '')}, limits=(0, 1), over='kl'),
-    Panel('Distance from the start', '√KL, √(nats an answer)', {'kl': ('-', '')}),
+    Panel('Distance from the start', '√KL, √(nats per answer)', {'kl': ('-', '')}),
     Panel('Reward', 'mean over samples', {'reward': ('-', '')}),
     Panel('Entropy', 'nats per token', {'entropy': ('-', '')}),
     Panel('Length of answers', 'tokens', {'answer_length': ('-', '')}),
@@ -61,34 +61,34 @@ STYLE = {'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes
 
 @dataclass(frozen=True)
 class Config(Options):
-    runs: tuple[str, ...] = ()  # the runs' folders; they need no flag: python plot.py out/a out/b
-    path: str = ''              # .png, .pdf or .svg; '' = plot.png, of a single run its loss.png or preference.png
+    runs: tuple[str, ...] = ()  # folders of the runs, which need no flag: python plot.py out/a out/b
+    path: str = ''              # .png, .pdf or .svg; '' = plot.png, for a single run its loss.png or preference.png
 
     def check(self):
         yield from super().check()
         if not self.runs:
-            yield 'there is nothing to plot; name the folders of some runs: python plot.py out/toy_t0 out/toy_t2'
+            yield 'no runs are given; name their folders: python plot.py out/toy_t0 out/toy_t2'
 
 
 def read_metrics(out_dir):
-    """The lines of out_dir/metrics.jsonl as a list of dicts. Raises Refusal where there are none."""
+    """The lines of out_dir/metrics.jsonl as a list of dicts. Raises Refusal if there are none."""
     events = read_events(Path(out_dir) / 'metrics.jsonl')
     if not events:
-        raise Refusal(f'{out_dir}/metrics.jsonl holds no metrics; name the folder of a run that has begun')
+        raise Refusal(f'{out_dir}/metrics.jsonl has no metrics; name the folder of a run that has started')
     return events
 
 
 def series(events, x, y):
-    """The points (x, y) of a metric in order, without those that are not finite numbers. Of kl the square root is
-    drawn, which grows like the distance travelled (Gao et al. 2023); an estimate may be below 0."""
+    """The points (x, y) of a metric in order, without those that are not finite. Of kl it is the square root, which
+    is proportional to distance (Gao et al. 2023); the estimate may be negative, which gives 0."""
     points = [(event.get(x), event.get(y)) for event in events]
     points = [p for p in points if all(isinstance(v, (int, float)) and math.isfinite(v) for v in p)]
     return [tuple(math.sqrt(max(v, 0.0)) if name == 'kl' else v for name, v in zip((x, y), p)) for p in points]
 
 
 def moving_average(values, beta):
-    """m_t = beta m_{t-1} + (1 - beta) x_t, divided by 1 - beta^t as in Adam (Kingma & Ba 2015): without that bias
-    correction the curve would set out from 0."""
+    """m_t = beta m_{t-1} + (1 - beta) x_t, divided by 1 - beta^t as in Adam (Kingma & Ba 2015): without this bias
+    correction the curve would start near 0."""
     m, smooth = 0.0, []
     for t, x in enumerate(values, 1):
         m = beta * m + (1 - beta) * x
@@ -97,14 +97,14 @@ def moving_average(values, beta):
 
 
 def labels(out_dirs):
-    """A name for each run: the options in which they differ where that is short and clear, else the folder."""
+    """A name for each run: the options that differ, if they are short and unique, else the folder."""
     folders = [str(out_dir).replace('$', r'\$') for out_dir in out_dirs]
     try:
         configs = [json.loads((Path(out_dir) / 'config.json').read_text()) for out_dir in out_dirs]
     except (OSError, ValueError):
         return folders
     for config in configs:
-        config.pop('taylor_order', None)  # the loss's name tells it
+        config.pop('taylor_order', None)  # part of the loss's name
     keys = dict.fromkeys(['loss', *(key for config in configs for key in config)])
     differ = [key for key in keys if key not in NAMELESS and len({repr(config.get(key)) for config in configs}) > 1]
     names = [', '.join(f'{key}={config[key]}'.replace('$', r'\$') for key in differ if key in config)
@@ -114,9 +114,9 @@ def labels(out_dirs):
 
 
 def draw(ax, curves):
-    """Curves [(points, colour, line)]: raw, thin and faded under their moving average, or few points as they are.
+    """Draws curves [(points, colour, line)]: thin raw lines and their moving averages; short curves without average.
 
-    The average spans at most 1/25 of the longest curve: over 100 points, one of 0.99 would end far above them.
+    The average spans at most 1/25 of the longest curve: over 100 points, a beta of 0.99 would end far above them.
     """
     longest = max(len(points) for points, _, _ in curves)
     beta = min(SMOOTHING, 1 - 25 / longest) if longest >= 4 * FEW_POINTS else 0
@@ -133,14 +133,14 @@ def draw(ax, curves):
 
 
 def plot(out_dirs, path=''):
-    """Draws runs into one picture -> its path ('': as in Config). Raises Refusal where a run has no metrics."""
+    """Draws runs into one picture -> its path ('': as in Config). Raises Refusal if a run has no metrics."""
     if len(out_dirs) > len(COLOURS):
         raise Refusal(f'{len(out_dirs)} runs are too many to tell apart in one picture; plot at most {len(COLOURS)}')
     runs = [read_metrics(out_dir) for out_dir in out_dirs]
     kinds = {any('rank_accuracy' in event for event in events) for events in runs}
     names = ', '.join(map(str, out_dirs))
     if len(kinds) > 1:
-        raise Refusal(f'only some of {names} are preference runs, which share no panel with others; plot them apart')
+        raise Refusal(f'only some of {names} are preference runs; plot preference runs and training runs separately')
     preference, = kinds
     x = 'step' if preference else 'tokens'
     panels, meanings = [], {}
@@ -155,9 +155,9 @@ def plot(out_dirs, path=''):
         if curves:
             panels.append((panel, curves))
     if not panels:
-        raise Refusal(f'the metrics of {names} hold nothing to draw; let the run go on')
+        raise Refusal(f'the metrics of {names} have no curve to draw yet; let the run continue')
 
-    points_of = {}  # panels of one first word are compared, and have one scale
+    points_of = {}  # panels with the same first word in their titles share a scale
     for panel, curves in panels:
         points_of.setdefault(panel.title.split()[0], []).extend(p for points, _, _ in curves for p in points)
     keys = [dict(color=colour, linewidth=2, label=label) for colour, label in zip(COLOURS, labels(out_dirs))]
@@ -165,7 +165,7 @@ def plot(out_dirs, path=''):
         keys += [dict(color='#888888', linestyle=line, label=meaning) for meaning, line in meanings.items() if meaning]
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
-    room, widths = 52 * columns, [len(key['label']) + 7 for key in keys]  # in characters: what fits beside each other
+    room, widths = 52 * columns, [len(key['label']) + 7 for key in keys]  # in characters, for the legend's columns
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * columns, 3.1 * rows + 0.4), dpi=160, layout='constrained')
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -173,7 +173,7 @@ def plot(out_dirs, path=''):
             draw(ax, curves)
             ax.set(title=panel.title, ylabel=panel.unit,
                    xlabel='√KL to the start' if panel.over else x if x == 'tokens' else 'steps')
-            levels = {}  # baselines of one height share a line
+            levels = {}  # baselines of equal height share a line
             for metric, label in panel.baselines.items():
                 for _, y in series(runs[0], 'step', metric)[:1]:
                     levels.setdefault(round(y, 2), []).append(label)
@@ -190,7 +190,7 @@ def plot(out_dirs, path=''):
             ax.update_datalim(compared)
             ax.autoscale_view()
             values = [y for _, y in compared]
-            if panel.unit == 'nats per token' and max(values) > 4 * min(values) > 0:  # from log V down: a legible end
+            if panel.unit == 'nats per token' and max(values) > 4 * min(values) > 0:  # keeps the end legible
                 ax.set_yscale('log')
                 ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), minor_locator=NullLocator(),
                              major_formatter='{x:g}')

@@ -1,4 +1,4 @@
-"""Teaches a trained model preferences: one loop, five methods. Read a method, then `main`.
+"""Trains a model on preferences: one loop, five methods. Read `main`, then a method.
 
     python preference.py config/toy_dpo.py                        # Plackett-Luce DPO over K ranked answers
     python preference.py config/toy_spin.py                       # self-play against one or several past selves
@@ -7,86 +7,79 @@
     python preference.py config/toy_ppo.py                        # PPO with a renormalised reward
     torchrun --nproc_per_node=8 preference.py config/spin_shp.py  # any of them, on 8 GPUs
 
-Letters and the keys of a batch are those of answers.py. pi_0 is the start, pi_t the policy when iteration t begins.
+Letters and the keys of a batch: see answers.py. pi_0 is the start, pi_t the policy at the beginning of iteration t.
 """
 import contextlib
 import copy
 import json
 import math
-import time
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
-import configurator
 import prepare_shp
+import runs
 from answers import (DATA, TEACHER, Lab, Selves, Stopped, answer_log_prob, answer_rewards, answers_of, cut_answers,
                      cut_prompts, for_all, hidden_states, log_prob_under, make_batch, make_gpt, make_scorer,
                      micro_batches, pack, post_of, rewards, sample, select, text_of, token_log_probs,
                      usable_rankings, weights_hash)
-from configurator import Refusal
+from configurator import Refusal, run
 from evaluate import EVAL, Evaluation, report_reward_model, report_teacher, show_samples
 from losses import (gae, implicit_reward, plackett_luce_loss, ppo_policy_loss, ppo_value_loss,
                     renormalize_reward, taylor_loss)
 from model import ScalarHead
-from prepare_shp import pick_groups
-from runs import (NUMBERED, Metrics, RunConfig, StopSignal, Updates, check_resume, checkpoints, crop, decay_groups,
-                  describe, finish, load_checkpoint, load_run, lr_factor, open_run, open_start, run_notes,
-                  save_checkpoint, setup, start_files, write_whole)
 
-MARGIN_GROUPS = 512  # prompts over which the margin of data over self is compared with its standard error
+MARGIN_GROUPS = 512  # prompts needed to compare the margin of data over self with its standard error
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(runs.RunConfig):
     """Method and training."""
     out_dir: str = 'out/preference'    # folder of checkpoints, metrics.jsonl, samples.jsonl, iterations/ and the plot
     method: str = 'dpo'                # dpo, spin, distill, reward or ppo
     init_from: str = 'out/toy_start'   # start: folder of a run or of a Hugging Face GPT-2, or gpt2, ..., gpt2-xl
-    block_size: int = 0                # crop the start's context to this many tokens; 0 = as it is
-    max_iters: int = 0                 # updates at most; 0 = those of all iterations
+    block_size: int = 0                # crop the start's context to this many tokens; 0 = do not crop
+    max_iters: int = 0                 # maximum number of updates; 0 = those of all iterations
     iterations: int = 1                # collections of answers, each followed by updates on them
-    groups_per_iteration: int = 0      # prompts collected at a time, over all ranks; 0 = all of train, held in memory
-    inner_epochs: int = 1              # passes over a collection
-    groups_per_step: int = 32          # prompts an update, over all ranks
-    micro_groups: int = 0              # prompts at a time, per rank; 0 = as many as keep attention's masks small
-    max_new_tokens: int = 128          # of a sampled answer; a prompt keeps the rest of the block
+    groups_per_iteration: int = 0      # prompts per collection, over all ranks; 0 = all of train, held in memory
+    inner_epochs: int = 1              # passes over each collection
+    groups_per_step: int = 32          # prompts per update, over all ranks
+    micro_groups: int = 0              # prompts per micro-batch and rank; 0 = as many as keep attention masks small
+    max_new_tokens: int = 128          # maximum length of a sampled answer; a prompt gets the rest of the block
     sample_batch: int = 64             # answers sampled at a time, per rank
     beta: float = 0.1                  # dpo, spin, distill, ppo: strength of the KL to the reference
-    max_answers: int = 0               # dpo, reward: answers per ranking, at random from a longer one; 0 = all
+    max_answers: int = 0               # dpo, reward: answers per ranking, a random subset of longer ones; 0 = all
     rank_order: int = 0                # dpo, spin, distill, reward: n of T_n on the stages of a ranking
-    token_order: int = 0               # dpo, spin, distill, ppo: m of -T_m(p) in place of the tokens' log p; 0 = log p
+    token_order: int = 0               # dpo, spin, distill, ppo: m of -T_m(p), used in place of log p; 0 = log p
     sft_weight: float = 0.0            # dpo, spin, distill, reward: weight of the best answers' cross-entropy per token
     sft_order: int = 0                 # dpo, spin, distill, reward: n of T_n in the language loss; 0 = cross-entropy
-    opponents: int = 1                 # spin: past selves that answer, the latest first
+    opponents: int = 1                 # spin: number of past selves that write answers, the latest first
     league: str = 'tied'               # spin: tied = data above every self; ordered = later selves above earlier ones
     anchor_first: bool = False         # spin: pi_0 is one of the opponents, the others are the latest selves
-    margin_stop: float = 2.0           # spin, distill: end where data lead self by fewer standard errors; 0 = never
+    margin_stop: float = 2.0           # spin, distill: end if data lead self by fewer standard errors; 0 = never
     teacher: str = ''                  # distill: folder of a run, JSON lines of completions, or a Hugging Face model
-    reward_read: str = 'last'          # reward: the scalar at an answer's last token, or the sum over its tokens
-    reward_model: str = ''             # ppo, and for the report of distill: folder of a reward run
-    answers_per_prompt: int = 8        # ppo: samples that a reward is renormalised over
+    reward_read: str = 'last'          # reward: last = the scalar at an answer's last token; sum = over its tokens
+    reward_model: str = ''             # ppo, and for metrics of distill: folder of a reward run
+    answers_per_prompt: int = 8        # ppo: samples per prompt, over which rewards are renormalised
     moment_order: int = 2              # ppo: n of the renormalised reward, 2 or 3
     monotone: bool = True              # ppo: a renormalised reward keeps the order of the answers
     renormalize_over: str = 'prompt'   # ppo: prompt, or batch for all answers of an iteration at once
-    missing_eot_penalty: float = 1.0   # ppo: subtracted from the reward of an answer that did not end
-    gamma: float = 1.0                 # ppo: discount
+    missing_eot_penalty: float = 1.0   # ppo: subtracted from the reward of an answer without end-of-text
+    gamma: float = 1.0                 # ppo: discount factor
     gae_lambda: float = 0.95           # ppo: lambda of GAE
-    clip_range: float = 0.2            # ppo: of probability ratios and of values
-    kl_stop: float = 0.1               # ppo: KL to the sampling policy, nats a token, that ends an iteration; 0 = none
-    eval_groups: int = 1000            # held-out rankings that are evaluated; 0 = all
-    eval_samples: int = 256            # held-out prompts that are answered; 0 = none
-    learning_rate: float = 1e-5        # peak, after the warm-up
-    min_lr: float = 1e-6               # at the end of the cosine; learning_rate or more = constant
+    clip_range: float = 0.2            # ppo: clip range of probability ratios and of values
+    kl_stop: float = 0.1               # ppo: KL to the sampling policy, nats per token, to end an iteration; 0 = none
+    eval_groups: int = 1000            # held-out rankings to evaluate; 0 = all
+    eval_samples: int = 256            # held-out prompts to sample answers to; 0 = none
+    learning_rate: float = 1e-5        # peak learning rate, after the warm-up
+    min_lr: float = 1e-6               # learning rate at the end of the cosine; learning_rate or more = constant
     warmup_iters: int = 20             # steps of linear warm-up
-    weight_decay: float = 0.0          # of matrices; biases and LayerNorms do not decay
-    compile: bool | None = False       # torch.compile the updates; rows differ in length from step to step
+    weight_decay: float = 0.0          # weight decay of matrices; biases and LayerNorms do not decay
+    compile: bool | None = False       # torch.compile the updates; the length of rows differs from step to step
 
     choices = dict(renormalize_over=('prompt', 'batch'), reward_read=('last', 'sum'), league=('tied', 'ordered'),
                    moment_order=(2, 3))
@@ -100,50 +93,252 @@ class Config(RunConfig):
         if self.max_answers == 1:
             yield 'max_answers=1 leaves nothing to rank; use 2 or more, or 0 for all'
         if not self.beta and self.method in ('dpo', 'spin', 'distill'):
-            yield f'beta=0 makes all scores of method={self.method} equal, so that nothing is learned; use a larger one'
+            yield f'beta=0 makes all scores of method={self.method} equal, so nothing is learned; use a larger beta'
         if 'sft_order' in self.given and self.sft_order and not self.sft_weight:
-            yield 'sft_order has no effect without sft_weight; set it too, or leave sft_order out'
+            yield 'sft_order has no effect without sft_weight; set sft_weight, or leave sft_order out'
         if self.anchor_first and self.opponents < 2:
-            yield 'anchor_first=True needs two opponents or more: with one, the only opponent would stay pi_0'
+            yield 'anchor_first=True needs --opponents=2 or more: a single opponent would always be pi_0'
         if self.moment_order == 3 and self.renormalize_over == 'prompt' and self.answers_per_prompt < 4:
             yield (f'moment_order=3 has no solution for answers_per_prompt={self.answers_per_prompt}: the skewness of '
                    'K numbers is at most (K-2)/sqrt(K-1); use 4 or more')
         if self.groups_per_step >= 1 and self.groups_per_iteration % self.groups_per_step:
-            yield (f'groups_per_iteration={self.groups_per_iteration} is no multiple of groups_per_step='
+            yield (f'groups_per_iteration={self.groups_per_iteration} must be a multiple of groups_per_step='
                    f'{self.groups_per_step}')
         if self.method in METHODS:
             others = {option: name for name, method in METHODS.items() for option in method.options}
             for option in sorted(self.given & others.keys() - set(METHODS[self.method].options)):
                 if getattr(self, option) != getattr(type(self)(), option):
-                    yield f'{option} has no effect in method={self.method}; leave it out'
+                    yield f'{option} has no effect with method={self.method}; leave it out'
+
+
+# The loop ------------------------------------------------------------------------------------------------------------
+
+
+def main(cfg):
+    machine = runs.setup(cfg.device, cfg.dtype, cfg.compile)
+    machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data if they are missing
+    data = prepare_shp.open_dataset(cfg)
+    lab = open_lab(cfg, machine, data)
+    cfg, per_iteration = lab.cfg, updates_per_iteration(lab)
+    method = METHODS[cfg.method](lab)
+    modules = list(method.trained.values())
+    for module in (*modules, *method.frozen.values()):
+        module.to(machine.device)
+    optimizers = [torch.optim.AdamW(runs.decay_groups(modules, cfg), lr=cfg.learning_rate, fused=True)]
+    updates = runs.Updates(optimizers, modules, cfg, machine)
+    for name, module in method.trained.items():
+        module = torch.compile(module, dynamic=True) if machine.compile else module
+        if machine.world_size > 1:
+            module = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        method.wrapped[name] = module
+
+    described = runs.describe(cfg, machine, modules[0].config, data, optimizers, **what_stays(lab, method))
+    described |= {f'{name}_config': vars(module.config) for name, module in method.trained.items()}
+    step, tokens, sampled_tokens, best, evaluated, ended, facts, seconds = 0, 0, 0, -math.inf, -1, False, {}, 0.0
+    with runs.open_run(cfg, machine) as state, lab.stop as stop:
+        if state is not None:
+            machine.print(f'resumed at step {state["step"]} ({runs.check_resume(state, described)})')
+            for name, module in method.trained.items():
+                module.load_state_dict(state[name])
+            updates.load_state_dict(state)
+            method.load_state_dict(state['method'])
+            step, tokens, sampled_tokens, best, evaluated, ended, facts = state['loop']
+            seconds, lab.selves.hashes = state['seconds'], state['selves']
+            if step % per_iteration:
+                batch = read_iteration(lab, step // per_iteration)
+            state.clear()
+        machine.on_rank_0(lambda: runs.start_files(cfg, step))
+        machine.on_rank_0(lambda: start_folders(lab, step))
+        metrics, samples_log = runs.Metrics(cfg, machine, step), runs.Metrics(cfg, machine, step, 'samples.jsonl')
+        evaluation = Evaluation(lab, method, samples_log)
+        machine.print(f'{cfg.method}: ' +
+                      ', '.join(f'{name} of {sum(p.numel() for p in module.parameters()):,} parameters'
+                                for name, module in {**method.trained, **method.frozen}.items()) +
+                      f'\n{cfg.iterations} iteration(s) of {iteration_size(lab):,} prompts, each with '
+                      f'{per_iteration} updates on {cfg.groups_per_step} prompts: {cfg.max_iters:,} updates')
+        clock, saved_step = runs.Clock(seconds, step, tokens), step or None
+
+        def save(name=None, **more):
+            state = dict(described, step=step, tokens=tokens, **more,
+                         **{name: module.state_dict() for name, module in method.trained.items()})
+            machine.on_rank_0(lambda: runs.save_checkpoint(cfg.out_dir, state, name))  # all wait until it is written
+
+        def save_state():
+            # a resume at step 0 evaluates again, because it removes that line of metrics.jsonl
+            loop = step, tokens, sampled_tokens, best, evaluated if step else -1, ended, facts
+            save(loop=loop, selves=lab.selves.hashes, seconds=clock.seconds(), method=method.state_dict(),
+                 **updates.state_dict())
+
+        with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
+            while True:
+                done = ended or step >= cfg.max_iters
+                # a method may skip steps, and with them a multiple of eval_interval
+                if done or step // cfg.eval_interval > evaluated // cfg.eval_interval:
+                    if step and step != saved_step:
+                        save_state()
+                        saved_step = step
+                    with clock.part('evaluation'):
+                        result, evaluated = evaluation(step), step
+                    metrics.write('eval', step=step, iteration=step // per_iteration, tokens=tokens,
+                                  sampled_tokens=sampled_tokens, seconds=clock.seconds(), **result)
+                    machine.print(f'step {step} evaluation: {runs.in_words(result)}')
+                    # step 0 is never the best; nothing is selected on the test split: there best.pt is the latest
+                    value = result[method.best] if method.best and cfg.eval_split != 'test' else step
+                    if step and value > best:
+                        best = value
+                        save('best.pt')
+                if done or cfg.stop_step and step >= cfg.stop_step:
+                    break
+
+                iteration, update = divmod(step, per_iteration)
+                if update == 0:
+                    with clock.part('collection'):
+                        batch, facts = method.collect(iteration, step)
+                        machine.on_rank_0(lambda: write_iteration(lab, iteration, step, batch))
+                    new_tokens = facts.pop('new_tokens', 0)
+                    sampled_tokens += new_tokens
+                    machine.print(f'iteration {iteration}: {len(batch["group"]):,} prompts and {new_tokens:,} sampled '
+                                  f'tokens, collected in {clock.parts["collection"]:.1f} s')
+                picked = step_prompts(lab, batch, iteration, update)
+                length = batch['answer_length'][picked]
+                counts = dict(iteration=iteration, update=update, groups=len(picked), tokens=int(length.sum()),
+                              best_tokens=int(length[:, 0].sum()))
+                stats = accumulate(method, updates, batch, picked, counts)
+                lr = cfg.learning_rate * runs.lr_factor(step, cfg)
+                updates.clip_and_step(step + 1, save_state)
+                step, tokens = step + 1, tokens + counts['tokens']
+                last = step % per_iteration == 0
+                stopped, = machine.sum([stop.number])
+                if update == 0 or last or step % cfg.log_interval == 0 or method.after_update:
+                    stats = dict(zip(stats, machine.sum(torch.stack(list(stats.values())).tolist())))
+                facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
+                if step == 1:
+                    machine.print(f'first update: {runs.in_words(stats)}')
+                verdict = method.after_update and method.after_update(
+                    dict(iteration=iteration, update=update, step=step, last=last,
+                         updates_per_pass=per_iteration // cfg.inner_epochs), stats)
+                ended = verdict == 'end'
+                if verdict == 'next':
+                    step, last = min((iteration + 1) * per_iteration, cfg.max_iters), True
+
+                if step % cfg.log_interval == 0 or last:
+                    numbers, grad_norm = {**facts, **stats}, updates.read_norms()
+                    speed, left = clock.pace(
+                        step, tokens, cfg.max_iters,
+                        evaluation=math.ceil(cfg.max_iters / cfg.eval_interval) - evaluated // cfg.eval_interval,
+                        collection=math.ceil(cfg.max_iters / per_iteration) - iteration - 1)
+                    metrics.write('train', step=step, tokens=tokens, sampled_tokens=sampled_tokens,
+                                  seconds=clock.seconds(), iteration=iteration, grad_norm=grad_norm, lr=lr,
+                                  tokens_per_second=speed, skipped=updates.skipped, **numbers)
+                    machine.print(f'step {step}/{cfg.max_iters} {step / cfg.max_iters:.0%} {runs.in_words(numbers)}, '
+                                  f'norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, ETA {left}')
+                if stopped:
+                    break
+        if step != saved_step:
+            save_state()
+        done = ended or step >= cfg.max_iters
+        if machine.rank == 0 and done:
+            show_samples(Path(cfg.out_dir))
+        runs.finish(cfg, machine, stop, step, done, clock.seconds())
+
+
+def accumulate(method, updates, batch, picked, counts):
+    """Accumulates the gradient of a step over this rank's micro-batches -> the sums of their stats."""
+    lab, totals = method.lab, {}
+    parts = micro_batches(lab, batch, picked)
+    for i, part in enumerate(parts):
+        with contextlib.ExitStack() as stack:
+            if lab.machine.world_size > 1 and i + 1 < len(parts):  # DDP averages once per step
+                for module in method.wrapped.values():
+                    stack.enter_context(module.no_sync())
+            loss, stats = method.loss(pack(select(batch, part), lab.machine.device), counts)
+            updates.backward(loss * lab.machine.world_size)  # undoes DDP's average over ranks
+        for name, value in stats.items():
+            totals[name] = totals.get(name, 0.0) + value.detach()
+    return totals
+
+
+def open_lab(cfg, machine, data):
+    """-> Lab. Raises Refusal if options do not fit, before an earlier run is overwritten."""
+    if cfg.groups_per_step < machine.world_size:
+        raise Refusal(f'groups_per_step={cfg.groups_per_step} is less than the number of ranks, {machine.world_size}; '
+                      f'use --groups_per_step={machine.world_size} or more')
+    encoding = prepare_shp.encoding(data.meta['encoding'])
+    if cfg.resume and runs.checkpoints(cfg.out_dir):
+        start = runs.crop(runs.load_checkpoint(Path(cfg.out_dir) / 'selves' / '0000.pt'), cfg.block_size, cfg.out_dir)
+    else:
+        start = runs.open_start(cfg, encoding)
+    block_size, cfg = start['model_config']['block_size'], replace(cfg, source=data.meta['source'],
+                                                                   columns=tuple(data.meta['columns']))
+    if cfg.max_new_tokens >= block_size:
+        raise Refusal(f'max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in the block of {block_size} '
+                      f'tokens of {cfg.init_from}; use --max_new_tokens={block_size // 2} or less')
+    lab = Lab(cfg, machine, encoding, {}, block_size, runs.StopSignal(), start, Selves(cfg.out_dir, start))
+    for split in dict.fromkeys(['train', cfg.eval_split]):
+        lab.groups[split], words = usable_rankings(lab, data.groups(split))
+        if words:
+            machine.print(f'note: rankings of {split}, with a block of {block_size} tokens and max_new_tokens='
+                          f'{cfg.max_new_tokens}: {words}')
+    if start.get('link_order'):
+        machine.print(f'note: {cfg.init_from} was trained with T_{start["link_order"]}: its probabilities are '
+                      'under-confident by design, and answers are sampled from them without the link')
+    cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * updates_per_iteration(lab)))
+    if lab.cfg.max_iters > cfg.max_iters:
+        machine.print(f'note: max_iters={lab.cfg.max_iters} is more than the {cfg.max_iters} updates of all iterations')
+    if cfg.max_iters < 20:
+        machine.print(f'note: only {cfg.max_iters} update(s) in total; for more, use a smaller groups_per_step or more '
+                      'iterations or inner_epochs')
+    for note in runs.run_notes(cfg):
+        machine.print(f'note: {note}')
+    return lab._replace(cfg=cfg)
+
+
+def what_stays(lab, method):
+    """What must not change in a resume, besides the model and the data."""
+    names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs'
+    return dict({name: getattr(lab.cfg, name) for name in names}, start=lab.selves.hashes[0][:12],
+                **{name: weights_hash(module.state_dict())[:12] for name, module in method.frozen.items()})
+
+
+def start_folders(lab, step):
+    """Makes iterations/ and selves/. A new run empties them and saves pi_0."""
+    iterations, selves = (Path(lab.cfg.out_dir) / name for name in ('iterations', 'selves'))
+    for folder in (iterations, selves):
+        folder.mkdir(exist_ok=True)
+    if step == 0:
+        kept = runs.save_checkpoint(selves, dict(lab.start, step=0), '0000.pt')
+        for path in (*iterations.glob(runs.NUMBERED), *selves.glob(runs.NUMBERED)):
+            if path != kept:
+                path.unlink()
 
 
 # Methods -------------------------------------------------------------------------------------------------------------
 
 
 class Method:
-    """What the loop asks of a method, with what most of them share: a policy, scored by its implicit reward.
+    """The interface of a method to the loop. By default a method trains a policy, scored by its implicit reward.
 
     The loss is sum_k T_n(p_k) over the stages of each ranking, averaged over the prompts of a step. sft_weight adds the
-    best answers' cross-entropy a token, sft_order makes it T_n (Pang et al. 2024; for rewards Yang et al. 2024).
-    A method of your own is a subclass in METHODS.
+    best answers' cross-entropy per token, sft_order makes it T_n (Pang et al. 2024; for rewards Yang et al. 2024).
+    To add a method, write a subclass and list it in METHODS.
     """
-    options = ()        # those of Config that only some methods read, and this one does
-    best = ''           # the metric by which best.pt is chosen; '' = the latest is the best
-    top = None          # how many stages of a ranking count; None = all
-    scorer = None       # a ScalarHead that rates the samples of an evaluation
+    options = ()        # options of Config that this method uses and some others do not
+    best = ''           # the metric that selects best.pt; '' = the latest is the best
+    top = None          # number of stages of a ranking in the loss; None = all
+    scorer = None       # a ScalarHead that scores the samples of an evaluation
+    after_update = None  # or (when, stats) -> 'next' iteration, 'end' of the run, or None; a GPU waits for the stats
 
     def __init__(self, lab):
-        """Makes the modules: trained, which the loop saves and updates, and frozen ones, by name."""
+        """Makes the modules, by name: the trained ones, which the loop updates and saves, and the frozen ones."""
         self.lab = lab
-        self.reference = make_gpt(lab.start).requires_grad_(False).to(lab.machine.device)  # pi_0
+        self.start = make_gpt(lab.start).requires_grad_(False).to(lab.machine.device)  # pi_0
         self.trained, self.frozen = dict(model=make_gpt(lab.start)), {}
-        self.wrapped = {}  # the trained modules as updates call them, compiled and under DDP
+        self.wrapped = {}  # the trained modules for updates, compiled and under DDP
 
     def rankings(self, iteration):
-        """The data's rankings of an iteration, cut to fit: a list of prepare_shp.Group."""
+        """The data's rankings for an iteration, cut to the block: a list of prepare_shp.Group."""
         lab, cfg = self.lab, self.lab.cfg
-        return cut_answers(lab, pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab),
+        return cut_answers(lab, prepare_shp.pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab),
                                             cfg.max_answers))
 
     def collect(self, iteration, step):
@@ -171,7 +366,7 @@ class Method:
         chance = plackett_luce_loss(torch.zeros_like(score), cfg.rank_order, valid, self.top).sum() / G
         worst = score.gather(1, valid.sum(1, keepdim=True) - 1)
         stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / G)
-        if counts['iteration'] in rows.writers:  # self-play: how well data are told from what pi_t wrote
+        if counts['iteration'] in rows.writers:  # self-play: the margin of the data over the answers of pi_t
             own = rows.batch['generator'] == counts['iteration']
             margin = score[:, 0] - score.masked_fill(~own, 0.0).sum(1)
             stats |= dict(self_margin=margin.sum() / G, self_square=margin.square().sum() / G)
@@ -182,14 +377,8 @@ class Method:
         return loss, stats
 
     def report(self, evaluation, batch, reward):
-        """Metrics beside the common ones: of fresh samples, and what `scorer` gives them, (G,) or None."""
+        """Additional metrics, from fresh samples and their rewards by `scorer`, (G,) or None."""
         return {}
-
-    def after_update(self, when, stats):
-        """After each update -> 'next' to go on with the next iteration, 'end' to end the run, else None.
-
-        Where a method has one of its own, the host waits for the stats of every update, else when a line is due.
-        """
 
     def state_dict(self):
         return {}
@@ -198,7 +387,7 @@ class Method:
         pass
 
     def forward(self, name):
-        """A trained module: wrapped, where gradients are shared between ranks, else itself."""
+        """A trained module; the wrapped one if gradients are computed."""
         return self.wrapped[name] if torch.is_grad_enabled() else self.trained[name]
 
 
@@ -209,11 +398,11 @@ class DPO(Method):
 
     def collect(self, iteration, step):
         lab, batch = self.lab, make_batch(self.rankings(iteration))
-        return dict(batch, ref_log_p=log_prob_under(lab, self.reference, batch, lab.cfg.token_order)['ordered']), {}
+        return dict(batch, ref_log_p=log_prob_under(lab, self.start, batch, lab.cfg.token_order)['taylor']), {}
 
 
 class RewardModel(Method):
-    """The data's rankings; the score is a scalar head's, and there is no reference."""
+    """The data's rankings, scored by a scalar head; there is no reference."""
     options = 'reward_read', 'max_answers', 'rank_order', 'sft_weight', 'sft_order'
     best = 'rank_accuracy'
 
@@ -227,7 +416,7 @@ class RewardModel(Method):
         return make_batch(self.rankings(iteration)), {}
 
     def score(self, rows):
-        """s = r, (G, K), and log p of the tokens by the trunk's language head, (M,), None where nobody needs it."""
+        """s = r, (G, K), and log p of the tokens by the trunk's language head, (M,), or None if it is not needed."""
         reward, hidden = answer_rewards(self.lab, self.scorer, self.forward('reward_model'), rows)
         sft = self.lab.cfg.sft_weight and torch.is_grad_enabled()
         return reward, token_log_probs(self.lab, self.scorer.gpt, hidden, rows) if sft else None
@@ -246,27 +435,27 @@ class SPIN(Method):
         self.top = 1 if lab.cfg.league == 'tied' else None
         self.margin = [0, 0.0, 0.0]  # of data over self: prompts, sum, sum of squares
         if lab.cfg.margin_stop and iteration_size(lab) < 2 * lab.cfg.groups_per_step:
-            lab.machine.print('note: margin_stop has no effect with one update a pass')
+            lab.machine.print('note: margin_stop has no effect with one update per pass')
         groups, limit = lab.groups['train'], lab.cfg.max_new_tokens
         if cut := (np.diff(groups.offsets)[groups.answers[groups.first[:-1]]] > limit).sum():
-            lab.machine.print(f'note: {cut:,} of {len(groups.prompts):,} best answers lose their end after '
-                              f'max_new_tokens={limit} tokens, as samples do')
+            lab.machine.print(f'note: {cut:,} of {len(groups.prompts):,} best answers are cut after '
+                              f'max_new_tokens={limit} tokens, like samples')
 
     def opponents(self, iteration):
         selves = [t for t in range(iteration, iteration - self.lab.cfg.opponents, -1) if t >= 0]
         return [*selves[:-1], 0] if self.lab.cfg.anchor_first and len(selves) > 1 else selves
 
     def written(self, groups, iteration):
-        """Answers from elsewhere, between the data's and the selves': {who: answers}."""
+        """Answers of other writers, ranked between those of the data and of the selves: {writer: answers}."""
         return {}
 
     def collect(self, iteration, step):
-        """A data answer is cut where a sampled one would be, so that neither length nor ending tells who wrote it."""
+        """Data answers are cut like sampled ones, so that neither length nor ending shows who wrote an answer."""
         lab, cfg, policy = self.lab, self.lab.cfg, self.trained['model']
         selves, device = self.opponents(iteration), lab.machine.device
         if iteration:
             lab.selves.note(lab, iteration, policy, step, keep=cfg.opponents > 1)
-        whole = pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab))
+        whole = prepare_shp.pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab))
         groups = cut_prompts(lab, whole)
         ranked = {DATA: [group.answers[0] for group in whole], **self.written(whole, iteration)}
         log_p, sampled = {}, 0
@@ -282,13 +471,13 @@ class SPIN(Method):
         found = log_prob_under(lab, policy, batch, cfg.token_order)
         log_p[iteration] = found['log_p'][:, list(ranked).index(iteration)]
         batch['log_p'] = torch.stack([log_p.get(who, torch.zeros(len(groups))) for who in ranked], 1)
-        return dict(batch, ref_log_p=found['ordered']), dict(new_tokens=sampled)
+        return dict(batch, ref_log_p=found['taylor']), dict(new_tokens=sampled)
 
     def after_update(self, when, stats):
-        """Ends self-play where the margin of data over self, over at least MARGIN_GROUPS prompts, is within its noise.
+        """Ends self-play if the margin of data over self, over at least MARGIN_GROUPS prompts, is within its noise.
         """
         cfg = self.lab.cfg
-        # prompts not trained on yet, by a policy that has had time to leave pi_t
+        # prompts that are not trained on yet, and a policy that has moved away from pi_t
         in_second_half = when['updates_per_pass'] <= 2 * when['update'] < 2 * when['updates_per_pass']
         if in_second_half and when['step'] > cfg.warmup_iters:
             n = cfg.groups_per_step
@@ -301,8 +490,8 @@ class SPIN(Method):
         if not cfg.margin_stop or mean > cfg.margin_stop * error:
             return None
         self.lab.machine.print(f'self-play ends after iteration {when["iteration"]}: the margin of data over self is '
-                               f'{mean:.4f} +- {error:.4f}, within the noise (the last loss is {stats["loss"]:.4f}, '
-                               f'that of chance {stats["chance_loss"]:.4f})')
+                               f'{mean:.4f} +- {error:.4f}, within the noise (last loss {stats["loss"]:.4f}, '
+                               f'at chance {stats["chance_loss"]:.4f})')
         return 'end'
 
     def state_dict(self):
@@ -337,7 +526,7 @@ class Distillation(SPIN):
 
 
 class PPO(Method):
-    """pi_t's samples, K to a prompt, rewarded, renormalised and turned into advantages (Schulman et al. 2017)."""
+    """pi_t's samples, K per prompt; advantages come from their renormalised rewards (Schulman et al. 2017)."""
     options = ('beta', 'token_order', 'reward_model', 'answers_per_prompt', 'moment_order', 'monotone',
                'renormalize_over', 'missing_eot_penalty', 'gamma', 'gae_lambda', 'clip_range', 'kl_stop')
 
@@ -345,7 +534,7 @@ class PPO(Method):
         super().__init__(lab)
         self.scorer = frozen_reward_model(lab)
         self.frozen = dict(reward_model=self.scorer)
-        # rewards average zero for every prompt: the critic reads what the reward model reads, and gives 0 at first
+        # the critic starts from the reward model's trunk, with value 0: rewards average zero for every prompt
         self.trained['critic'] = ScalarHead(copy.deepcopy(self.scorer.gpt).requires_grad_(True))
 
     def token_values(self, forward, rows):
@@ -354,20 +543,21 @@ class PPO(Method):
         return scalar.flatten()[rows.place] + offset
 
     def collect(self, iteration, step):
-        """Token t of an answer earns -beta (log pi - log pi_0), the last one R too; advantages are whitened over all
-        tokens. Log-probabilities are those of the training path, so that the first update has ratios of 1.
+        """Token t of an answer gets the reward -beta (log pi - log pi_0), the last one R as well. Advantages are
+        whitened over all tokens. Log-probabilities come from the training path, so that the first ratios are 1.
         """
         lab, cfg, policy, K = self.lab, self.lab.cfg, self.trained['model'], self.lab.cfg.answers_per_prompt
         lab.selves.note(lab, iteration, policy, step)
-        groups = cut_prompts(lab, pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab)))
+        whole = prepare_shp.pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab))
+        groups = cut_prompts(lab, whole)
         answers = sample(lab, policy, [group.prompt for group in groups for _ in range(K)], iteration, iteration)
         batch = make_batch([group._replace(answers=answers[i * K:(i + 1) * K]) for i, group in enumerate(groups)],
                            iteration)
-        length = batch['answer_length'].flatten().tolist()
+        length = batch['answer_length'].flatten()
 
         def of_tokens(rows):
             old, ref = (token_log_probs(lab, gpt, hidden_states(lab, gpt, rows), rows)
-                        for gpt in (policy, self.reference))
+                        for gpt in (policy, self.start))
             return dict(old=old, ref=ref, value=self.token_values(self.trained['critic'], rows),
                         log_p=rows.per_answer(old))
 
@@ -379,9 +569,9 @@ class PPO(Method):
 
         log_ratio = found['old'] - found['ref']
         reward = -cfg.beta * log_ratio
-        reward[torch.tensor(length).cumsum(0) - 1] += renormalized.reward.flatten()
-        padded = [pad_sequence(x.split(length), batch_first=True) for x in (reward, found['value'])]
-        inside = torch.arange(max(length)) < torch.tensor(length)[:, None]
+        reward[length.cumsum(0) - 1] += renormalized.reward.flatten()  # at the last token of each answer
+        padded = [pad_sequence(x.split(length.tolist()), batch_first=True) for x in (reward, found['value'])]
+        inside = torch.arange(length.max()) < length[:, None]
         advantage = gae(*padded, inside, cfg.gamma, cfg.gae_lambda)[inside]
         returns = advantage + found['value']
         std = advantage.std(correction=0)
@@ -390,12 +580,12 @@ class PPO(Method):
                      explained_variance=1 - std ** 2 / returns.var(correction=0).clamp(min=1e-12))
         batch |= dict(log_p=found['log_p'], reward=raw, old_log_p=found['old'], value=found['value'], returns=returns,
                       advantage=(advantage - advantage.mean()) / (std + 1e-8))
-        return batch, dict({name: fact.item() for name, fact in facts.items()}, new_tokens=sum(length))
+        return batch, dict({name: fact.item() for name, fact in facts.items()}, new_tokens=len(reward))
 
     def loss(self, rows, counts):
         """Clipped policy and value losses, averaged over the step's answer tokens. The KL is part of the reward.
 
-        token_order m puts -T_m(p) in the place of log p in the ratio; what is reported is of the true log p.
+        With token_order m, -T_m(p) replaces log p in the ratio; the metrics use the true log p.
         """
         cfg, batch, M = self.lab.cfg, rows.batch, counts['tokens']
         hidden = hidden_states(self.lab, self.forward('model'), rows)
@@ -413,7 +603,7 @@ class PPO(Method):
                          update_kl=(log_ratio.expm1() - log_ratio).sum() / M)  # >= 0 and unbiased, Schulman's k3
             if counts['update'] == 0:
                 stats['ratio_first'] = log_ratio.exp().sum() / M
-        return policy_loss + value_loss, stats  # two modules with a gradient each: the sum needs no weights
+        return policy_loss + value_loss, stats  # two separate modules: the sum needs no weights
 
     def report(self, evaluation, batch, reward):
         return dict(reward=reward.mean().item())
@@ -427,21 +617,21 @@ class PPO(Method):
 
 METHODS = dict(dpo=DPO, spin=SPIN, distill=Distillation, reward=RewardModel, ppo=PPO)
 __doc__ += '\nMethods:\n' + ''.join(  # for --help
-    f'\n    {name:<10} {method.__doc__.splitlines()[0]}\n{"":<15}reads {", ".join(method.options)}'
+    f'\n    {name:<10} {method.__doc__.splitlines()[0]}\n{"":<15}options: {", ".join(method.options)}'
     for name, method in METHODS.items())
 
 
 def frozen_reward_model(lab):
-    cfg, state = lab.cfg, load_run(lab.cfg, 'reward_model', lab.encoding)
+    cfg, state = lab.cfg, runs.load_run(lab.cfg, 'reward_model', lab.encoding)
     if 'reward_model' not in state:
-        raise Refusal(f'reward_model={cfg.reward_model} is no reward model; name the folder of a run of method=reward')
+        raise Refusal(f'reward_model={cfg.reward_model} is not a reward model; name a run of method=reward')
     scorer, block = make_scorer(state).requires_grad_(False), state['model_config']['block_size']
     if not scorer.head.weight.any():
-        raise Refusal(f'reward_model={cfg.reward_model} is untrained: it gives 0 to every answer; continue it with '
+        raise Refusal(f'reward_model={cfg.reward_model} is untrained: every reward is 0; continue its training with '
                       '--resume=True')
     if block < lab.block_size:
-        raise Refusal(f'reward_model={cfg.reward_model} reads {block} tokens, and the policy writes up to '
-                      f'{lab.block_size}; train one from a start with as large a block')
+        raise Refusal(f"reward_model={cfg.reward_model} has a block of {block} tokens, smaller than the policy's "
+                      f'{lab.block_size}; train one from a start with a block of that size')
     return scorer
 
 
@@ -450,11 +640,17 @@ def open_teacher(lab):
     return teachers.open_teacher(lab.cfg, lab.encoding, lab.groups['train'])
 
 
+def mean_and_error(count, total, squares):
+    """Mean and standard error of `count` numbers with this sum and this sum of squares."""
+    mean = total / count
+    return mean, math.sqrt(max(squares / count - mean ** 2, 0.0) / count)
+
+
 # Iterations ----------------------------------------------------------------------------------------------------------
 
 
 def iteration_size(lab):
-    """Prompts of an iteration: cfg's number, or as many whole updates as one pass over the data fills."""
+    """Prompts per iteration: groups_per_iteration, or, if it is 0, the whole updates in one pass over the data."""
     cfg, rankings = lab.cfg, len(lab.groups['train'].prompts)
     if not rankings:
         raise Refusal(f'no ranking has two answers that differ within the block of {lab.block_size} tokens; use a '
@@ -470,7 +666,7 @@ def updates_per_iteration(lab):
     return lab.cfg.inner_epochs * (iteration_size(lab) // lab.cfg.groups_per_step)
 
 
-def step_rows(lab, batch, iteration, update):
+def step_prompts(lab, batch, iteration, update):
     """The prompts of an update: a part of a permutation that is a function of (seed, iteration, epoch)."""
     count, size = len(batch['group']), lab.cfg.groups_per_step
     epoch, part = divmod(update, count // size)
@@ -479,11 +675,11 @@ def step_rows(lab, batch, iteration, update):
 
 
 def write_iteration(lab, iteration, step, batch):
-    """iterations/<i>.pt, which a resume reads, and, where answers were sampled, .jsonl, which people read."""
+    """Writes iterations/<i>.pt, for a resume, and, if answers were sampled, <i>.jsonl, for people."""
     out = Path(lab.cfg.out_dir)
-    steps = [int(path.stem.removeprefix('ckpt_')) for path in checkpoints(out)]
-    oldest = min(steps, default=0) // updates_per_iteration(lab)  # that a checkpoint may ask for
-    path = save_checkpoint(out / 'iterations', dict(step=step, batch=batch), f'{iteration:04d}.pt')
+    steps = [int(path.stem.removeprefix('ckpt_')) for path in runs.checkpoints(out)]
+    oldest = min(steps, default=0) // updates_per_iteration(lab)  # the oldest iteration that a resume may need
+    path = runs.save_checkpoint(out / 'iterations', dict(step=step, batch=batch), f'{iteration:04d}.pt')
     for folder, first, last in (('iterations', 0, oldest), ('selves', 1, oldest - lab.cfg.opponents + 1)):
         for old in (out / folder).glob('*.pt'):
             if old.stem.isdigit() and first <= int(old.stem) < last:
@@ -501,237 +697,15 @@ def write_iteration(lab, iteration, step, batch):
             line |= dict(reward=batch['reward'][g, k].item()) if 'reward' in batch else dict(rank=k)
             line |= dict(log_prob=batch['log_p'][g, k].item()) if t >= 0 else {}
             lines.append(json.dumps(line) + '\n')
-    write_whole(path.with_suffix('.jsonl'), ''.join(lines))
+    runs.write_whole(path.with_suffix('.jsonl'), ''.join(lines))
 
 
 def read_iteration(lab, iteration):
     path = Path(lab.cfg.out_dir) / 'iterations' / f'{iteration:04d}.pt'
     if not path.is_file():
-        raise Refusal(f'{path} is missing, and its answers cannot be sampled again: start anew with --overwrite=True')
-    return load_checkpoint(path)['batch']
-
-
-# The loop ------------------------------------------------------------------------------------------------------------
-
-
-def main(cfg):
-    machine = setup(cfg.device, cfg.dtype, cfg.compile)
-    machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data where they are missing
-    data = prepare_shp.open_dataset(cfg)
-    lab = open_lab(cfg, machine, data)
-    cfg, per_iteration = lab.cfg, updates_per_iteration(lab)
-    method = METHODS[cfg.method](lab)
-    watches = type(method).after_update is not Method.after_update  # it wants the numbers of every update
-    for module in (*method.trained.values(), *method.frozen.values()):
-        module.to(machine.device)
-    optimizers = [torch.optim.AdamW(decay_groups(method.trained.values(), cfg), lr=cfg.learning_rate, fused=True)]
-    updates = Updates(optimizers, list(method.trained.values()), cfg, machine)
-    for name, module in method.trained.items():
-        module = torch.compile(module, dynamic=True) if machine.compile else module
-        if machine.world_size > 1:
-            module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-        method.wrapped[name] = module
-
-    configs = {f'{name}_config': vars(module.config) for name, module in method.trained.items()}
-    described = dict(configs, **describe(cfg, machine, next(iter(method.trained.values())).config, data, optimizers,
-                                         **what_stays(lab, method)))
-    at, seconds = SimpleNamespace(step=0, tokens=0, sampled_tokens=0, best=-math.inf, evaluated=-1, ended=False,
-                                  facts={}), 0.0
-    with open_run(cfg, machine) as state, lab.stop as stop:
-        if state is not None:
-            machine.print(f'resumed at step {state["step"]} ({check_resume(state, described)})')
-            for name, module in method.trained.items():
-                module.load_state_dict(state[name])
-            updates.load_state_dict(state)
-            method.load_state_dict(state['method'])
-            vars(at).update(state['loop'])
-            seconds, lab.selves.hashes = state['seconds'], state['selves']
-            if at.step % per_iteration:
-                batch = read_iteration(lab, at.step // per_iteration)
-            state.clear()
-        machine.on_rank_0(lambda: start_files(cfg, at.step))
-        machine.on_rank_0(lambda: start_folders(lab, at.step))
-        metrics, samples_log = Metrics(cfg, machine, at.step), Metrics(cfg, machine, at.step, 'samples.jsonl')
-        evaluation = Evaluation(lab, method, samples_log)
-        machine.print(f'{cfg.method}: ' +
-                      ', '.join(f'{name} of {sum(p.numel() for p in module.parameters()):,} parameters'
-                                for name, module in {**method.trained, **method.frozen}.items()) +
-                      f'\n{cfg.iterations} iteration(s) of {iteration_size(lab):,} prompts, each with '
-                      f'{per_iteration} updates on {cfg.groups_per_step} prompts: {cfg.max_iters:,} updates')
-        start_time, saved_step = time.perf_counter() - seconds, at.step or None
-
-        def save(name=None, **more):
-            state = dict(described, step=at.step, tokens=at.tokens, **more,
-                         **{name: module.state_dict() for name, module in method.trained.items()})
-            machine.on_rank_0(lambda: save_checkpoint(cfg.out_dir, state, name))  # all wait until the file is whole
-
-        def save_state():
-            # a resume at step 0 evaluates again, for it cuts metrics.jsonl there
-            save(loop=dict(vars(at), evaluated=at.evaluated if at.step else -1), selves=lab.selves.hashes,
-                 seconds=time.perf_counter() - start_time, method=method.state_dict(), **updates.state_dict())
-
-        last_line = at.tokens + at.sampled_tokens, at.step, time.perf_counter()  # of the log, for the speed since
-        evaluating = collecting = collected = 0.0             # seconds of the last of each, and of collections since
-        with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
-            while True:
-                done = at.ended or at.step >= cfg.max_iters
-                # a method may skip steps, so that a multiple of eval_interval is passed and not met
-                if (done and at.evaluated < at.step
-                        or at.step // cfg.eval_interval > at.evaluated // cfg.eval_interval):
-                    if at.step and at.step != saved_step:
-                        save_state()
-                        saved_step = at.step
-                    since = time.perf_counter()
-                    result, at.evaluated = evaluation(at.step), at.step
-                    evaluating = time.perf_counter() - since
-                    last_line = *last_line[:2], last_line[2] + evaluating
-                    metrics.write('eval', step=at.step, iteration=at.step // per_iteration, tokens=at.tokens,
-                                  sampled_tokens=at.sampled_tokens, seconds=time.perf_counter() - start_time, **result)
-                    machine.print(f'step {at.step} evaluation: {in_words(result)}')
-                    # the start is never the best; the test split selects nothing: there best.pt is the latest
-                    value = result[method.best] if method.best and cfg.eval_split != 'test' else at.step
-                    if at.step and value > at.best:
-                        at.best = value
-                        save('best.pt')
-                if done or cfg.stop_step and at.step >= cfg.stop_step:
-                    break
-
-                iteration, update = divmod(at.step, per_iteration)
-                if update == 0:
-                    since = time.perf_counter()
-                    batch, at.facts = method.collect(iteration, at.step)
-                    new_tokens = at.facts.pop('new_tokens', 0)
-                    at.sampled_tokens += new_tokens
-                    machine.on_rank_0(lambda: write_iteration(lab, iteration, at.step, batch))
-                    collecting = time.perf_counter() - since
-                    collected += collecting
-                    machine.print(f'iteration {iteration}: {len(batch["group"]):,} prompts and {new_tokens:,} sampled '
-                                  f'tokens, collected in {collecting:.1f} s')
-                rows = step_rows(lab, batch, iteration, update)
-                counts = dict(iteration=iteration, update=update, groups=len(rows),
-                              tokens=int(batch['answer_length'][rows].sum()),
-                              best_tokens=int(batch['answer_length'][rows, 0].sum()))
-                stats = accumulate(method, updates, batch, rows, counts)
-                lr = cfg.learning_rate * lr_factor(at.step, cfg)
-                updates.clip_and_step(at.step + 1, save_state)
-                at.step, at.tokens = at.step + 1, at.tokens + counts['tokens']
-                last = at.step % per_iteration == 0
-                stopped, = machine.sum([stop.number])
-                if update == 0 or last or at.step % cfg.log_interval == 0 or watches:
-                    stats = dict(zip(stats, machine.sum(torch.stack(list(stats.values())).tolist())))
-                at.facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
-                if at.step == 1:
-                    machine.print(f'first update: {in_words(stats)}')
-                verdict = method.after_update(dict(iteration=iteration, update=update, step=at.step, last=last,
-                                                   updates_per_pass=per_iteration // cfg.inner_epochs), stats)
-                at.ended = verdict == 'end'
-                if verdict == 'next':
-                    at.step, last = min((iteration + 1) * per_iteration, cfg.max_iters), True
-
-                if at.step % cfg.log_interval == 0 or last:
-                    now, total, numbers = time.perf_counter(), at.tokens + at.sampled_tokens, {**at.facts, **stats}
-                    speed = (total - last_line[0]) / (now - last_line[2])
-                    left = (cfg.max_iters - at.step) * (now - last_line[2] - collected) / (at.step - last_line[1])
-                    evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - at.evaluated // cfg.eval_interval
-                    left += evaluating * evaluations
-                    left += collecting * (math.ceil(cfg.max_iters / per_iteration) - iteration - 1)
-                    grad_norm = updates.read_norms()
-                    metrics.write('train', step=at.step, tokens=at.tokens, sampled_tokens=at.sampled_tokens,
-                                  seconds=now - start_time, iteration=iteration, grad_norm=grad_norm, lr=lr,
-                                  tokens_per_second=speed, skipped=updates.skipped, **numbers)
-                    machine.print(f'step {at.step}/{cfg.max_iters} {at.step / cfg.max_iters:.0%} {in_words(numbers)}, '
-                                  f'norm {grad_norm:.2f}, {speed / 1000:.1f}k tok/s, '
-                                  f'ETA {timedelta(seconds=round(left))}')
-                    last_line, collected = (total, at.step, now), 0.0
-                if stopped:
-                    break
-        if at.step != saved_step:
-            save_state()
-        done = at.ended or at.step >= cfg.max_iters
-        if machine.rank == 0 and done:
-            show_samples(Path(cfg.out_dir))
-        finish(cfg, machine, stop, at.step, done, time.perf_counter() - start_time)
-
-
-def accumulate(method, updates, batch, rows, counts):
-    """The gradient of a step's prompts, this rank's share of them in micro-batches -> the sums of their stats."""
-    lab, totals = method.lab, {}
-    parts = micro_batches(lab, batch, rows)
-    for i, part in enumerate(parts):
-        with contextlib.ExitStack() as stack:
-            if lab.machine.world_size > 1 and i + 1 < len(parts):  # gradients are shared once a step
-                for module in method.wrapped.values():
-                    stack.enter_context(module.no_sync())
-            loss, stats = method.loss(pack(select(batch, part), lab.machine.device), counts)
-            updates.backward(loss * lab.machine.world_size)  # DDP averages over ranks; the mean of the step is wanted
-        for name, value in stats.items():
-            totals[name] = totals.get(name, 0.0) + value.detach()
-    return totals
-
-
-def open_lab(cfg, machine, data):
-    """-> Lab. Refuses what does not fit before an earlier run is overwritten."""
-    if cfg.groups_per_step < machine.world_size:
-        raise Refusal(f'groups_per_step={cfg.groups_per_step} prompts are fewer than {machine.world_size} ranks; use '
-                      f'--groups_per_step={machine.world_size} or more')
-    encoding = prepare_shp.encoding(data.meta['encoding'])
-    if cfg.resume and checkpoints(cfg.out_dir):
-        start = crop(load_checkpoint(Path(cfg.out_dir) / 'selves' / '0000.pt'), cfg.block_size, cfg.out_dir)
-    else:
-        start = open_start(cfg, encoding)
-    block_size, cfg = start['model_config']['block_size'], replace(cfg, source=data.meta['source'],
-                                                                   columns=tuple(data.meta['columns']))
-    if cfg.max_new_tokens >= block_size:
-        raise Refusal(f'max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in the block of {block_size} '
-                      f'tokens of {cfg.init_from}; use --max_new_tokens={block_size // 2} or less')
-    lab = Lab(cfg, machine, encoding, {}, block_size, StopSignal(), start, Selves(cfg.out_dir, start))
-    for split in dict.fromkeys(['train', cfg.eval_split]):
-        lab.groups[split], words = usable_rankings(lab, data.groups(split))
-        if words:
-            machine.print(f'note: of the rankings of {split}, in a block of {block_size} tokens with max_new_tokens='
-                          f'{cfg.max_new_tokens}: {words}')
-    if start.get('link_order'):
-        machine.print(f'note: {cfg.init_from} was trained with T_{start["link_order"]}: its probabilities are '
-                      'under-confident by design, and answers are sampled from them as they are')
-    cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * updates_per_iteration(lab)))
-    if lab.cfg.max_iters > cfg.max_iters:
-        machine.print(f'note: max_iters={lab.cfg.max_iters}, but iterations={cfg.iterations} end after {cfg.max_iters}')
-    if cfg.max_iters < 20:
-        machine.print(f'note: {cfg.max_iters} update(s) in all; a smaller groups_per_step, or more iterations or '
-                      'inner_epochs, make more')
-    for note in run_notes(cfg):
-        machine.print(f'note: {note}')
-    return lab._replace(cfg=cfg)
-
-
-def what_stays(lab, method):
-    """What must not change between a run and its resume, beside the model and the data."""
-    names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs'
-    return dict({name: getattr(lab.cfg, name) for name in names}, start=lab.selves.hashes[0][:12],
-                **{name: weights_hash(module.state_dict())[:12] for name, module in method.frozen.items()})
-
-
-def start_folders(lab, step):
-    """iterations/ and selves/, on rank 0; a new run finds them empty and keeps pi_0."""
-    iterations, selves = (Path(lab.cfg.out_dir) / name for name in ('iterations', 'selves'))
-    for folder in (iterations, selves):
-        folder.mkdir(exist_ok=True)
-    if step == 0:
-        kept = save_checkpoint(selves, dict(lab.start, step=0), '0000.pt')
-        for path in (*iterations.glob(NUMBERED), *selves.glob(NUMBERED)):
-            if path != kept:
-                path.unlink()
-
-
-def mean_and_error(count, total, squares):
-    """Mean and standard error of `count` numbers with this sum and this sum of squares."""
-    mean = total / count
-    return mean, math.sqrt(max(squares / count - mean ** 2, 0.0) / count)
-
-
-def in_words(numbers):
-    return ', '.join(f'{name} {value:.4f}' for name, value in numbers.items())
+        raise Refusal(f'{path} is missing, and its answers cannot be sampled again; start again with --overwrite=True')
+    return runs.load_checkpoint(path)['batch']
 
 
 if __name__ == '__main__':
-    configurator.run(main, Config)
+    run(main, Config)

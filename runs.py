@@ -1,6 +1,6 @@
-"""What lets a run survive: ranks, signals, the run's folder, checkpoints and resume, metrics, updates that stay finite.
+"""Fault tolerance of runs: ranks, signals, the run's folder, checkpoints and resume, metrics, finite updates.
 
-A reader may skip this file: train.py and preference.py can be understood without it.
+You may skip this file: train.py and preference.py can be understood without it.
 """
 import atexit
 import contextlib
@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,11 +30,11 @@ from configurator import NOT_RESUMED, Refusal, header
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 DTYPES = 'auto', 'float32', 'bfloat16', 'float16'
 MAX_SKIPPED_IN_A_ROW = 10  # updates with a gradient that is not finite, after which a run ends
-RANK_TIMEOUT = 180         # seconds that ranks wait for each other, in place of torch's 1800
-PARENT = os.getppid()      # torchrun, where this process is one of its ranks
+RANK_TIMEOUT = 180         # seconds that ranks wait for each other; torch's default is 1800
+PARENT = os.getppid()      # torchrun, if this process is one of its ranks
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, a scheduler, a closed terminal
 NUMBERED = '[0-9]' * 4 + '*.*'  # the files of iterations/ and selves/
-# what overwrite deletes; options that may differ between a run and its exact resume
+# RUN_FILES: what overwrite deletes. INCIDENTAL: options that may change in an exact resume
 RUN_FILES = ('ckpt_*', 'best.pt', '.tmp.*', 'config.json', 'metrics.jsonl', 'loss.png', 'preference.png',
              'samples.jsonl', f'iterations/{NUMBERED}', f'selves/{NUMBERED}', 'tensorboard', 'wandb', 'wandb.id')
 INCIDENTAL = *NOT_RESUMED, 'log_interval', 'wandb', 'tensorboard', 'device', 'dtype', 'compile'
@@ -47,19 +48,19 @@ class RunConfig(prepare_shp.Config):
     overwrite: bool = False       # delete the earlier run in out_dir
     seed: int = 0                 # seed of weights, batches, dropout and samples
     device: str = 'auto'          # cpu, cuda or mps; auto = the best available
-    dtype: str = 'auto'           # matrix products in float32, bfloat16 or float16; auto = bfloat16 if the GPU has it
+    dtype: str = 'auto'           # dtype of products: float32, bfloat16 or float16; auto = bfloat16 if the GPU has it
     compile: bool | None = None   # torch.compile the model; None = on CUDA only
     eval_interval: int = 200      # steps between checkpoints, each followed by an evaluation
     eval_split: str = 'val'       # split that is evaluated: val, test (for a final result) or train
-    log_interval: int = 10        # steps between lines of the log
+    log_interval: int = 10        # steps between log lines
     wandb: bool = False           # also log to Weights & Biases, offline without a login; pip install wandb
     tensorboard: bool = False     # also log to out_dir/tensorboard; pip install tensorboard
-    stop_step: int = 0            # end after this step, with the schedule unchanged; 0 = at the end of the schedule
-    learning_rate: float = 1e-3   # peak, after the warm-up
-    min_lr: float = 1e-4          # at the end of the cosine; learning_rate or more = constant
+    stop_step: int = 0            # stop after this step, with the schedule unchanged; 0 = at the end of the schedule
+    learning_rate: float = 1e-3   # peak learning rate, after the warm-up
+    min_lr: float = 1e-4          # learning rate at the end of the cosine; learning_rate or more = constant
     warmup_iters: int = 100       # steps of linear warm-up
-    weight_decay: float = 0.1     # of matrices; biases and LayerNorms do not decay
-    grad_clip: float = 1.0        # largest norm of the gradient; 0 = no clipping
+    weight_decay: float = 0.1     # weight decay of matrices; biases and LayerNorms do not decay
+    grad_clip: float = 1.0        # maximum norm of the gradient; 0 = no clipping
 
     choices = dict(device=DEVICES, dtype=DTYPES, eval_split=('train', 'val', 'test'))
     lowest = dict(eval_interval=1, log_interval=1)
@@ -67,7 +68,7 @@ class RunConfig(prepare_shp.Config):
     def check(self):
         yield from super().check()
         if self.resume and self.overwrite:
-            yield 'resume and overwrite exclude each other: one continues the earlier run, the other deletes it'
+            yield 'resume continues the earlier run and overwrite deletes it; set only one of them'
 
 
 # Ranks and devices ---------------------------------------------------------------------------------------------------
@@ -88,15 +89,15 @@ class Machine(NamedTuple):
         return range(self.rank * count // self.world_size, (self.rank + 1) * count // self.world_size)
 
     def sum(self, values):
-        """A list of numbers -> the list of their sums over ranks, in one message. Ranks wait here for each other."""
+        """A list of numbers -> the list of their sums over ranks, in one message. Ranks wait for each other here."""
         if self.world_size == 1:
             return values
-        values = torch.tensor(values, dtype=torch.float64)  # on the CPU: gloo carries it, the GPU need not wait
+        values = torch.tensor(values, dtype=torch.float64)  # on the CPU: sent by gloo, without waiting for the GPU
         dist.all_reduce(values)
         return values.tolist()
 
     def gather(self, thing):
-        """Any picklable thing -> the list of those of all ranks."""
+        """Any picklable object -> the list of those of all ranks."""
         if self.world_size == 1:
             return [thing]
         things = [None] * self.world_size
@@ -104,7 +105,7 @@ class Machine(NamedTuple):
         return things
 
     def on_rank_0(self, act):
-        """act() on rank 0, and its result there; the others wait. Where it refuses, all ranks end."""
+        """Calls act() on rank 0 and returns its result there; the others wait. If it raises Refusal, all ranks end."""
         refusal = result = None
         if self.rank == 0:
             try:
@@ -116,7 +117,7 @@ class Machine(NamedTuple):
         return result
 
     def print(self, *args):
-        """On rank 0. Where the reader of the output has gone, as if the terminal had closed, which nohup ignores."""
+        """Prints on rank 0. A closed output counts as a closed terminal (SIGHUP, which nohup ignores)."""
         if self.rank == 0:
             try:
                 print(*args, flush=True)
@@ -126,11 +127,11 @@ class Machine(NamedTuple):
 
 
 def setup(device='auto', dtype='auto', compile=False):
-    """Device, dtype and, under torchrun, the process group, with one printed line about what was chosen and why."""
+    """Sets up device, dtype and, under torchrun, the process group. Prints what was chosen and why."""
     found = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     kind = device if device != 'auto' else next(name for name, there in found.items() if there)
     if not found[kind]:
-        raise Refusal(f'device={kind} was asked for, but torch {torch.__version__} finds none; use --device=cpu')
+        raise Refusal(f'device={kind} is not available to torch {torch.__version__}; use --device=cpu')
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = torch.device(kind, int(os.environ.get('LOCAL_RANK', 0))) if kind == 'cuda' else torch.device(kind)
     if kind == 'cuda':
@@ -139,14 +140,14 @@ def setup(device='auto', dtype='auto', compile=False):
         timeout = timedelta(seconds=RANK_TIMEOUT)
         store, *_ = next(dist.rendezvous('env://', timeout=timeout))
         if world_size == int(os.environ.get('LOCAL_WORLD_SIZE', 0)):
-            # --max-restarts keeps one store: ranks must not find addresses of those that died before them. Where there
-            # are several machines each counts its own restarts
+            # --max-restarts reuses the store: ranks must not find the addresses of earlier, dead ranks. Not on several
+            # machines, since each counts its own restarts
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', store=store, rank=rank,
                                 world_size=world_size, timeout=timeout)
         atexit.register(end_ranks)
     if dtype != 'auto':
-        dtype, why = getattr(torch, dtype), 'as asked'
+        dtype, why = getattr(torch, dtype), 'as set'
     elif kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
         dtype, why = torch.bfloat16, 'this GPU supports it'
     else:
@@ -160,13 +161,13 @@ def setup(device='auto', dtype='auto', compile=False):
 
 
 def end_ranks():
-    """Before Python ends: gloo aborts a process whose threads still hold tensors then."""
+    """Runs before Python exits: gloo aborts a process whose threads still hold tensors at that point."""
     dist.destroy_process_group()
     time.sleep(0.1)
 
 
 def matmul_peak(machine):
-    """FLOP/s of a large square matrix product on this device: what MFU is measured against."""
+    """FLOP/s of a large square matrix product on this device, the reference of MFU."""
     n, seconds = 1024 if machine.device.type == 'cpu' else 8192, []
     a = torch.randn(n, n, dtype=machine.dtype, device=machine.device)
     for _ in range(4):
@@ -183,20 +184,20 @@ def synchronize(machine):
 
 
 def seed_everything(seed, step, rank):
-    # a pure function of the three: a checkpoint needs no generator state, and any number of ranks can resume
+    # a pure function of the three: checkpoints need no generator state, and any number of ranks can resume
     torch.manual_seed(((seed * 1_000_003 + step) * 4099 + rank) % 2 ** 63)
 
 
 class StopSignal:
-    """While it is open, STOP_SIGNALS only set a flag, and the loop saves and ends at its next step.
+    """Inside its `with` block, STOP_SIGNALS only set a flag, and the loop saves and ends at its next step.
 
-    The death of torchrun counts as SIGTERM: a kill -9 of it leaves its ranks alive.
+    The death of torchrun counts as SIGTERM: kill -9 of torchrun leaves its ranks alive.
     """
     caught = 0
 
     def __enter__(self):
         self.handlers = {n: signal.signal(n, self.catch) for n in STOP_SIGNALS
-                         if signal.getsignal(n) != signal.SIG_IGN}  # nohup stays in force
+                         if signal.getsignal(n) != signal.SIG_IGN}  # signals that nohup ignores stay ignored
         return self
 
     def __exit__(self, *_):
@@ -208,7 +209,7 @@ class StopSignal:
 
     @property
     def number(self):
-        """The signal that has arrived, or 0."""
+        """The signal received, or 0."""
         orphaned = 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != PARENT
         return self.caught or (signal.SIGTERM if orphaned else 0)
 
@@ -224,20 +225,20 @@ def open_run(cfg, machine):
         machine.on_rank_0(lambda: claim(cfg, out, stack))
         state = load_checkpoint(out) if checkpoints(out) else None
         if len(set(machine.gather(state and state['step']))) > 1:
-            raise Refusal(f'the ranks do not find the same checkpoint in {out}; it must be one folder that all share')
+            raise Refusal(f'the ranks do not find the same checkpoint in {out}; use a folder that all machines share')
         try:
             yield state
         except RuntimeError as error:
             if machine.world_size > 1 and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
-                raise Refusal('another rank has ended or does not answer, so this one ends too; its last message tells '
-                              'why. --resume=True continues from the last checkpoint') from error
+                raise Refusal('another rank has ended or does not respond, so this one ends too; see the last message '
+                              'of that rank. --resume=True continues from the last checkpoint') from error
             raise
 
 
 def claim(cfg, out, stack):
-    """Locks the folder until `stack` closes or this process dies, and deletes the run in it if asked to.
+    """Locks the folder until `stack` closes or this process dies. With overwrite, deletes the run in it.
 
-    Refuses a folder that this run must not touch: two runs in one would mix their files.
+    Raises Refusal for a folder that this run must not touch: two runs in one folder would mix their files.
     """
     out.mkdir(parents=True, exist_ok=True)
     held = os.open(out, os.O_RDONLY)
@@ -245,38 +246,38 @@ def claim(cfg, out, stack):
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise Refusal(f'{out} is in use by another run; wait for its end, or choose another --out_dir') from None
+        raise Refusal(f'{out} is in use by another run; wait until it ends, or choose another --out_dir') from None
     except OSError:  # NFS, for example
-        print(f'warning: the file system of {out} has no locks; let no second run write there', flush=True)
+        print(f'warning: the file system of {out} has no locks; do not start a second run there', flush=True)
     found = checkpoints(out)
     if cfg.resume and not found:
         if (out / 'best.pt').exists():
-            raise Refusal(f'{out} has lost its checkpoints, and best.pt cannot be continued; choose another '
-                          '--out_dir, or delete it all with --overwrite=True')
+            raise Refusal(f'{out} has no ckpt_*.pt, and a run cannot be resumed from best.pt; choose another '
+                          '--out_dir, or delete this run with --overwrite=True')
         print(f'nothing to resume in {out}: starting at step 0', flush=True)
     elif not cfg.resume and any(out.iterdir()):
         if not (out / 'config.json').exists() and not found:
-            raise Refusal(f'{out} is not empty and holds no run, so nothing in it is touched; choose another --out_dir')
+            raise Refusal(f'{out} is not empty and is not the folder of a run; choose another --out_dir')
         if not cfg.overwrite:
-            raise Refusal(f'{out} is not empty; add --resume=True to continue the run in it, --overwrite=True to '
-                          'delete that run, or choose another --out_dir')
+            raise Refusal(f'{out} is not empty; add --resume=True to continue its run or --overwrite=True to delete '
+                          'it, or choose another --out_dir')
         for path in [path for pattern in RUN_FILES for path in out.glob(pattern)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def start_files(cfg, step, **more):
-    """config.json; and checkpoints beyond the one resumed, which could not be read, are set aside."""
+    """Writes config.json, and renames to *.damaged the later checkpoints, which could not be read."""
     out = Path(cfg.out_dir)
     script = Path(inspect.getfile(type(cfg))).name
-    write_whole(out / 'config.json', json.dumps(dict(asdict(cfg), script=script, **more), indent=1))  # the first write
+    write_whole(out / 'config.json', json.dumps(dict(asdict(cfg), script=script, **more), indent=1))  # written first
     for path in checkpoints(out):
         if path.name > f'ckpt_{step:08d}.pt':
             path.rename(path.with_suffix('.damaged'))
 
 
 def finish(cfg, machine, stop, step, done, seconds, hint=''):
-    """The last lines of a run whose state is saved: a picture if it is done, the exit code if a signal has ended it."""
-    number = max(machine.gather(stop.number))  # of a signal that may have come since the loop last looked
+    """Ends a run whose state is saved: draws its plot if it is done, exits with a code if a signal has ended it."""
+    number = max(machine.gather(stop.number))  # a signal may have arrived since the loop last checked
     if number or not done:
         machine.print(f'stopped after step {step}, saved {cfg.out_dir}; continue with --resume=True '
                       f'--out_dir={cfg.out_dir}')
@@ -294,7 +295,7 @@ def finish(cfg, machine, stop, step, done, seconds, hint=''):
 
 
 def example_prompt(data):
-    """A short prompt of the data, quoted for a shell."""
+    """A short prompt from the data, quoted for the shell."""
     groups, encoding = data.groups('val'), prepare_shp.encoding(data.meta['encoding'])
     prompts = [groups.piece(p) for p in groups.prompts[:100]] or [data.documents('train').tokens[:20]]
     text = encoding.decode(min(prompts, key=len).tolist()).removesuffix(prepare_shp.SEPARATOR)
@@ -305,30 +306,31 @@ def example_prompt(data):
 
 
 def describe(cfg, machine, model_config, data, optimizers, **fixed):
-    """What a checkpoint says of its run: for `check_resume`, and for whoever loads its weights.
+    """What a checkpoint stores about its run, for `check_resume` and for those who load its weights.
 
-    fixed: what must not change between a run and its resume, by name, beside model, data, start and optimizers.
+    fixed: what must not change in a resume, by name, besides model, data, start, optimizers and eval_split.
     """
     return dict(model_config=asdict(model_config), config=asdict(cfg), encoding=data.meta['encoding'],
                 fixed=dict(asdict(model_config), data=data.fingerprint[:12], init_from=str(Path(cfg.init_from)),
                            optimizers=[type(optimizer).__name__ for optimizer in optimizers],
                            eval_split=cfg.eval_split, **fixed),
                 machine=dict(ranks=machine.world_size, device=machine.device.type, dtype=str(machine.dtype),
-                             compile=machine.compile, torch=str(torch.__version__)))
+                             compile=machine.compile, torch=str(torch.__version__),
+                             model_py=f'{zlib.crc32(Path(inspect.getfile(type(model_config))).read_bytes()):08x}'))
 
 
 def check_resume(state, now):
-    """Refuses a checkpoint of another run, or from beyond this run's end. `now`: what this run would save.
+    """Raises Refusal for a checkpoint of another run, or beyond this run's last step. `now`: what this run would save.
 
-    Returns 'exact', or the options and the parts of the machine that have changed since.
+    Returns 'exact', or the changes of options and machine since then.
     """
     for name, was in state['fixed'].items():
         if now['fixed'].get(name) != was:
-            raise Refusal(f'cannot resume: {name} is {was} in the checkpoint, {now["fixed"].get(name)} here; ask for '
-                          'the same, or choose another --out_dir')
+            raise Refusal(f'cannot resume: {name} is {was} in the checkpoint, {now["fixed"].get(name)} here; use the '
+                          'same value, or choose another --out_dir')
     if state['step'] > now['config']['max_iters']:
         raise Refusal(f'cannot resume: the checkpoint is at step {state["step"]}, beyond max_iters='
-                      f'{now["config"]["max_iters"]}; ask for more steps, or choose another --out_dir')
+                      f'{now["config"]["max_iters"]}; set more steps, or choose another --out_dir')
     changed = [f'{k} {was} -> {now[part].get(k)}' for part in ('config', 'machine') for k, was in state[part].items()
                if now[part].get(k) != was and (part == 'machine' or k not in INCIDENTAL)]
     return f'changed: {", ".join(changed)}' if changed else 'exact'
@@ -338,12 +340,12 @@ def check_resume(state, now):
 
 
 class Metrics:
-    """out_dir/<name>: a JSON line an event, in the order of steps; a resume first cuts what it will write again."""
+    """out_dir/<name>: one JSON line per event, in step order. A resume first removes the lines it will write again."""
 
     def __init__(self, cfg, machine, step, name='metrics.jsonl'):
         self.path, self.rank, self.viewers = Path(cfg.out_dir) / name, machine.rank, []
 
-        def cut():  # an evaluation follows its checkpoint, so the one of this very step is made again
+        def cut():  # a checkpoint is written before its evaluation, so the evaluation of this step is repeated
             kept = [json.dumps(event) + '\n' for event in read_events(self.path)
                     if event['step'] < step or event['step'] == step and event['event'] == 'train']
             write_whole(self.path, ''.join(kept))
@@ -361,15 +363,46 @@ class Metrics:
                 show(event, values)
 
 
+class Clock:
+    """Where the time of a run goes: its speed since the last line of the log, and the time it still needs."""
+
+    def __init__(self, seconds, step, tokens):
+        self.start, self.line = time.perf_counter() - seconds, (step, tokens, time.perf_counter())
+        self.parts, self.apart = {}, 0.0  # seconds of the latest of each part, and of all parts since the last line
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    @contextlib.contextmanager
+    def part(self, name):
+        """Around what is no training step: an evaluation, a collection of answers."""
+        since = time.perf_counter()
+        yield
+        self.parts[name] = time.perf_counter() - since
+        self.apart += self.parts[name]
+
+    def pace(self, step, tokens, last_step, **ahead):
+        """-> tokens trained a second, time left in words. ahead: how many parts of each name are still to come."""
+        (old_step, old_tokens, since), self.line = self.line, (step, tokens, time.perf_counter())
+        seconds, self.apart = self.line[2] - since - self.apart, 0.0
+        left = (last_step - step) * seconds / (step - old_step)
+        left += sum(count * self.parts.get(name, 0.0) for name, count in ahead.items())
+        return (tokens - old_tokens) / seconds, str(timedelta(seconds=round(left)))
+
+
+def in_words(numbers):
+    return ', '.join(f'{name} {value:.4f}' for name, value in numbers.items())
+
+
 def read_events(path):
-    """The events of a metrics.jsonl, [] where there is none; without lines that are damaged, or cut by a kill."""
+    """The events of a metrics.jsonl, [] if there is none. Skips damaged lines, and a last line cut off by a kill."""
     events, lines = [], path.read_bytes().splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             events.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                print(f'warning: line {number} of {path} is damaged and left out', flush=True)
+                print(f'warning: line {number} of {path} is damaged and is skipped', flush=True)
     return events
 
 
@@ -382,21 +415,21 @@ def first_line(error):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write, which becomes `path` when it is whole: a kill at any moment leaves the old one."""
-    temporary = path.with_name('.tmp' + path.suffix)  # that of a killed process is written over
+    """A file to write, which replaces `path` when it is complete: a kill at any moment leaves the old file."""
+    temporary = path.with_name('.tmp' + path.suffix)  # overwrites the one of a killed process
     try:
         with open(temporary, 'wb') as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter is torch's for a write that failed
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails
         raise Refusal(f'{path} could not be written ({first_line(error)}); is the disk full, or its folder '
                       'missing?') from None
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the rename too must survive a power cut
+    os.fsync(folder)  # so that the rename survives a power cut, too
     os.close(folder)
 
 
@@ -408,7 +441,7 @@ def write_whole(path, text):
 def save_checkpoint(out_dir, state, name=None):
     """Writes `state` (tensors and primitives, with 'step') to out_dir/name, default ckpt_{step:08d}.pt; -> the path.
 
-    Of the numbered checkpoints the last two stay.
+    Only the last two numbered checkpoints are kept.
     """
     path = Path(out_dir) / (name or f'ckpt_{state["step"]:08d}.pt')
     with replacing(path) as f:
@@ -421,15 +454,15 @@ def save_checkpoint(out_dir, state, name=None):
 
 
 def checkpoints(folder):
-    """The numbered checkpoints in `folder`, oldest first; a copy under another name is none of them."""
+    """The numbered checkpoints in `folder`, oldest first; copies under other names do not count."""
     return sorted(Path(folder).glob(f'ckpt_{"[0-9]" * 8}.pt'))
 
 
 def load_checkpoint(where, name=None, make=''):
     """The state in the file `where`, or in the folder `where`: its latest valid ckpt_*.pt, or the file `name` in it.
 
-    Only tensors and primitives are read (weights_only), onto the CPU. A damaged checkpoint is passed over with a
-    warning. Refuses where there is none that is valid. make: a command that makes one, if no config of that name does.
+    Only tensors and primitives are read (weights_only), onto the CPU. A damaged checkpoint is skipped with a warning.
+    Raises Refusal if none is valid. make: the command to suggest if there is no config file of the folder's name.
     """
     where = Path(where)
     paths = [where] if where.is_file() else [where / name] if name else checkpoints(where)[::-1]
@@ -442,14 +475,14 @@ def load_checkpoint(where, name=None, make=''):
         try:
             check_sums(path)
             return torch.load(path, map_location='cpu', weights_only=True)
-        except Exception as error:  # zipfile and the unpickler have many kinds for what a flipped bit can do
-            print(f'warning: {path} is damaged ({type(error).__name__}: {first_line(error)}); it is not used',
+        except Exception as error:  # zipfile and the unpickler raise many types after a flipped bit
+            print(f'warning: {path} is damaged ({type(error).__name__}: {first_line(error)}) and is skipped',
                   flush=True)
-    raise Refusal(f'there is no valid checkpoint in {where}; use another one, or train it again with --overwrite=True')
+    raise Refusal(f'there is no valid checkpoint in {where}; use another run, or train it again with --overwrite=True')
 
 
 def check_sums(path):
-    """Raises where the zip archive that torch.save made is damaged: torch.load itself checks no CRC."""
+    """Raises an exception if the zip archive of a checkpoint is damaged: torch.load itself checks no CRC."""
     with zipfile.ZipFile(path) as archive:
         if bad := archive.testzip():
             raise OSError(f'wrong checksum of {bad}')
@@ -459,9 +492,9 @@ def check_sums(path):
 
 
 def load_weights(where, which='best', make=''):
-    """The checkpoint of a finished or stopped run: which = 'best', or the 'last' one. Prints which it is.
+    """The 'best' or the 'last' checkpoint of a finished or stopped run. Prints which one it is.
 
-    The best is one that was evaluated after an update; a run that has none yet gives its last.
+    The best one was evaluated after an update; if a run has none yet, its last one is used.
     """
     if not (Path(where) / 'best.pt').exists():
         which = 'last'
@@ -472,17 +505,17 @@ def load_weights(where, which='best', make=''):
 
 
 def load_run(cfg, option, encoding):
-    """`load_weights` of the run that cfg.<option> names. Refuses where there is none, with a command that makes it."""
+    """`load_weights` of the run that cfg.<option> names. If there is none, the Refusal has a command that makes it."""
     where = Path(getattr(cfg, option) or f'out/{option}')
     options = [f'--out_dir={where}', f'--dataset={cfg.dataset}' if cfg.dataset else f'--source={cfg.source}']
     make = f'python train.py {" ".join(options)}'
     if option == 'reward_model':
         options += ['--method=reward', f'--init_from={cfg.init_from}', f'--max_new_tokens={cfg.max_new_tokens}']
         make = f'python preference.py {" ".join(options)}'
-    state = load_weights(where, make=f'{make}, and name it: --{option}={where}')
+    state = load_weights(where, make=f'{make}, and use it with --{option}={where}')
     if state['encoding'] != encoding.name:
-        raise Refusal(f"{option}={where} was trained on {state['encoding']} tokens, and the data are in "
-                      f'{encoding.name}; train it on data of the same --encoding')
+        raise Refusal(f"{option}={where} was trained on {state['encoding']} tokens, but the data are in "
+                      f'{encoding.name}; train it on data with the same --encoding')
     return state
 
 
@@ -504,7 +537,7 @@ def open_start(cfg, encoding):
 
 
 def is_hugging_face(name):
-    """Whether it names a GPT-2 on the Hub, or a folder with a config.json as transformers writes it."""
+    """Whether `name` is a GPT-2 on the Hub, or a folder with a config.json of transformers."""
     config = Path(name) / 'config.json'
     if config.is_file():
         return '"model_type"' in config.read_text()
@@ -512,10 +545,10 @@ def is_hugging_face(name):
 
 
 def crop(state, block_size, name):
-    """A start with only its first block_size positions (0 = all): nothing else changes for shorter texts."""
+    """A start with only its first block_size positions (0 = all). Texts that fit give the same output as before."""
     available = state['model_config']['block_size']
     if block_size > available:
-        raise Refusal(f'block_size={block_size} is more than the {available} positions that {name} has learned; use '
+        raise Refusal(f'block_size={block_size} is more than the {available} positions of {name}; use '
                       f'--block_size={available} or less')
     if block_size in (0, available):
         return state
@@ -537,13 +570,13 @@ def lr_factor(step, cfg):
 
 
 def run_notes(cfg):
-    """What may make a run mean something else than its options seem to say: a sentence each."""
+    """A sentence for each option whose effect may differ from what its value suggests."""
     if cfg.eval_split != 'val':
         yield f'evaluations, val_ce and best.pt use the {cfg.eval_split} split'
     if cfg.warmup_iters >= cfg.max_iters:
-        yield f'the whole run ({cfg.max_iters} steps) is warm-up; use a --warmup_iters below {cfg.warmup_iters}'
+        yield f'the whole run ({cfg.max_iters} steps) is warm-up; use a --warmup_iters below {cfg.max_iters}'
     if cfg.min_lr > cfg.learning_rate:
-        yield f'learning_rate={cfg.learning_rate} stays constant after warm-up, for min_lr={cfg.min_lr} is above it'
+        yield f'learning_rate={cfg.learning_rate} stays constant after warm-up, because min_lr={cfg.min_lr} is larger'
 
 
 def decay_groups(modules, cfg):
@@ -554,10 +587,10 @@ def decay_groups(modules, cfg):
 
 
 class Updates:
-    """Steps of any torch optimizers, with each module's gradient clipped, and none taken that is not finite.
+    """Steps of any torch optimizers. Clips the gradient of each module, and skips a step if one is not finite.
 
-    After DDP a gradient is the same on all ranks, and so are the decisions here. On CUDA fused optimizers skip a step
-    by themselves, and the host reads a norm when it has arrived, a step later; float16 and others make the host wait.
+    After DDP the gradients are the same on all ranks, and so are the decisions here. On CUDA, fused optimizers skip a
+    step by themselves and the host reads its norm one step later; with float16 or other optimizers the host waits.
     """
 
     def __init__(self, optimizers, modules, cfg, machine):
@@ -568,15 +601,15 @@ class Updates:
         self.norm = math.nan
         fused = all(getattr(optimizer, '_step_supports_amp_scaling', False) for optimizer in optimizers)
         self.ahead = machine.device.type == 'cuda' and fused and not self.scaler.is_enabled()
-        self.unread = []  # of the latest steps: number, norms on the CPU or on their way to it, event of their arrival
+        self.unread = []  # of the latest steps: number, norms on the CPU or being copied to it, event of that copy
 
     def backward(self, loss):
         self.scaler.scale(loss).backward()
 
     def clip_and_step(self, step, save_state):
-        """The update after which `step` steps are done.
+        """The update number `step`, counted from 1.
 
-        Where a norm is not finite nothing is updated; MAX_SKIPPED_IN_A_ROW such steps save the state and end the run.
+        If a norm is not finite, nothing is updated; MAX_SKIPPED_IN_A_ROW such steps save the state and end the run.
         """
         factor = lr_factor(step - 1, self.cfg)
         for optimizer, rates in zip(self.optimizers, self.rates):
@@ -591,7 +624,7 @@ class Updates:
                             torch.cuda.current_stream().record_event() if on_gpu else None))
         self.read_norms(all_but=1 if self.ahead else 0)
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            save_state()  # no such gradient has touched a parameter
+            save_state()  # all parameters are still finite
             raise Refusal(f'{MAX_SKIPPED_IN_A_ROW} gradients in a row were not finite, up to step {step}; the '
                           f'parameters before them are saved in {self.cfg.out_dir}; try a smaller learning_rate')
         if self.ahead:
@@ -605,7 +638,7 @@ class Updates:
             optimizer.zero_grad(set_to_none=True)
 
     def read_norms(self, all_but=0):
-        """Counts the skipped steps, `all_but` the latest -> the first module's gradient norm, before clipping."""
+        """Reads the norms of all but the latest `all_but` steps -> the first module's norm, before clipping."""
         while len(self.unread) > all_but:
             step, norms, arrived = self.unread.pop(0)
             if arrived is not None:
@@ -624,7 +657,7 @@ class Updates:
 
     def load_state_dict(self, state):
         for optimizer, saved in zip(self.optimizers, state['optimizers']):
-            optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved['state']))  # the options are this run's
-        if state['scaler']:  # of float16
+            optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved['state']))  # with this run's options
+        if state['scaler']:  # only with float16
             self.scaler.load_state_dict(state['scaler'])
         self.skipped = state['skipped']

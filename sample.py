@@ -23,15 +23,15 @@ class Config(Options):
     checkpoint: str = 'best'      # best: best.pt of the run; last: its latest checkpoint
     export_hf: str = ''           # write the model to this new folder, for transformers
     prompt: str = ''              # the post to answer
-    prompt_file: str = ''         # or a UTF-8 file with one post a line
-    num_samples: int = 1          # answers to each post
-    max_new_tokens: int = 200     # of an answer; it ends before that at end-of-text or where the block is full
-    temperature: float = 1.0      # 0 = always the likeliest token
-    top_k: int = 0                # choose among the k likeliest tokens; 0 = all
-    link: bool = False            # sample from link_n(p), what a model trained with T_n means by p
-    seed: int = 0                 # of the samples
-    device: str = 'auto'          # cpu, cuda or mps; auto = the best there is
-    dtype: str = 'auto'           # of matrix products: float32, bfloat16 or float16; auto = the best there is
+    prompt_file: str = ''         # UTF-8 file with one post per line, in place of prompt
+    num_samples: int = 1          # answers per post
+    max_new_tokens: int = 200     # maximum length of an answer; it ends earlier at end-of-text or if the block is full
+    temperature: float = 1.0      # sampling temperature; 0 = always the likeliest token
+    top_k: int = 0                # sample from the k likeliest tokens; 0 = all
+    link: bool = False            # sample from link_n(p), which undoes the under-confidence of T_n
+    seed: int = 0                 # seed of the samples
+    device: str = 'auto'          # cpu, cuda or mps; auto = the best available
+    dtype: str = 'auto'           # dtype of matrix products: float32, bfloat16 or float16; auto = the best available
 
     choices = dict(checkpoint=('best', 'last'), device=DEVICES, dtype=DTYPES)
     lowest = dict(num_samples=1, max_new_tokens=1)
@@ -39,8 +39,8 @@ class Config(Options):
     def check(self):
         yield from super().check()
         if [self.prompt, self.prompt_file, self.export_hf].count('') != 2:
-            yield ('give a post with --prompt="...", a file of posts with --prompt_file=FILE or a folder to write with '
-                   '--export_hf=DIR, one of the three')
+            yield ('set exactly one of --prompt="..." (a post), --prompt_file=FILE (a file of posts) and '
+                   '--export_hf=DIR (a folder to write)')
 
 
 def main(cfg):
@@ -52,7 +52,7 @@ def main(cfg):
         return
     machine = setup(cfg.device, cfg.dtype)
     if 'model' not in state:
-        raise Refusal(f'{cfg.out_dir} is a reward model: it rates answers and writes none; name another run')
+        raise Refusal(f'{cfg.out_dir} is a reward model, which writes no answers; name another run')
     model = GPT(GPTConfig(**state['model_config'])).to(machine.device)
     model.load_state_dict(state['model'])
     order = state.get('link_order', state['config'].get('taylor_order', 0))
@@ -68,12 +68,12 @@ def main(cfg):
     transform = (lambda log_p: taylor_link(log_p, order)) if cfg.link else None
     generator = torch.Generator().manual_seed(cfg.seed)
     block_size = model.config.block_size
-    room = block_size - min(cfg.max_new_tokens, block_size // 4)  # for the post; an answer may want a quarter
+    room = block_size - min(cfg.max_new_tokens, block_size // 4)  # for the post; answers get up to a quarter
     for prompt in prompts:
         rendered = prepare_shp.render(prompt, '')[0]
         ids = encoding.encode_ordinary(rendered)
         if len(ids) > room:
-            print(f'the post has {len(ids)} tokens; its first {len(ids) - room} are left out, to leave room for an '
+            print(f'the post has {len(ids)} tokens; its first {len(ids) - room} are dropped, to leave room for an '
                   f'answer in the block of {block_size}')
             ids = ids[-room:]
         for _ in range(cfg.num_samples):

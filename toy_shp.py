@@ -1,19 +1,19 @@
-"""The embedded default data: a tiny made-up Reddit in the schema of SHP (huggingface.co/datasets/stanfordnlp/SHP).
+"""The embedded default data: a tiny synthetic Reddit in the schema of SHP (huggingface.co/datasets/stanfordnlp/SHP).
 
-Somebody has trouble with a thing, others say what to do:
+Somebody has trouble with a thing, and others give advice:
 
     Rusty kettle since May, any tips?
     Polish the kettle with oil.
 
-Unlike on Reddit the true `quality` of any text is known. Scores are this quality plus noise. Good and bad answers have
-the same grammar and words, so that neither length nor letters tell them apart: what is right depends on the question.
+Unlike on Reddit, the true `quality` of any text is known. Scores are this quality plus noise. Good and bad answers have
+the same grammar and words, so that length and letters do not distinguish them: what is right depends on the question.
 """
 import math
 import random
 from itertools import combinations
 
-# Each domain: its things, and for each trouble a verb and a means. Those of the next trouble (the last one's next is
-# the first) are half right. So every word is right, half right and wrong equally often.
+# Each domain: its things, and for each trouble a verb and a means. The verb and means of the next trouble (the first
+# follows the last) are half right. So every word is right, half right and wrong equally often.
 DOMAINS = {
     'askkitchen': ('kettle oven pan teapot grill ladle bowl fridge', (
         ('Smelly', 'Rub', 'with lemon.'), ('Burnt', 'Scrub', 'with salt.'), ('Limy', 'Boil', 'in vinegar.'),
@@ -32,7 +32,7 @@ WHENS = '', ' again', ' since May', ' all week', ' at night', ' for years'
 ASKS = 'help!', 'any tips?', 'what now?', 'ideas?', 'advice?', 'why me?', 'please!', 'who knows?'
 WEIGHTS = 6, 7, 7                # of thing, verb and means
 NOISE, TIME_NOISE = 0.15, 0.25   # standard deviations of a score and of a comment's place in time, in units of quality
-GAP = 0.04                       # comments of one post differ in quality at least by this
+GAP = 0.04                       # minimum difference in quality between comments of one post
 
 THINGS = [(domain, thing) for domain, (things, _) in DOMAINS.items() for thing in things.split()]
 CURES = [(domain, *cure) for domain, (_, cures) in DOMAINS.items() for cure in cures]
@@ -43,7 +43,7 @@ LEGAL = ({pair for means in SLOTS[2] for pair in zip(means.split(), means.split(
 
 
 def understand(history):
-    """A question -> (index of its thing, index of its trouble), None for what is not one of ours."""
+    """A question -> (index of its thing, index of its trouble), None for an unknown one."""
     trouble, thing = [*history.split(), '', ''][:2]
     return (next((i for i, name in enumerate(SLOTS[0]) if name == thing.rstrip(',')), None),
             next((i for i, (_, name, _, _) in enumerate(CURES) if name == trouble), None))
@@ -59,9 +59,9 @@ def fits(thing, trouble):
 def quality(history, answer):
     """True quality in [0, 1] of any answer text to a question: form^2 * weighted mean over slots of the mean fit.
 
-    form: distinct legal pairs of neighbouring words over all pairs, so misspelt, unfinished and repeated text loses.
-    Mean fit: over all phrases of the slot in the answer, so that listing many earns no more than guessing.
-    A history that is not one of ours has no good answers: 0.
+    form: distinct legal pairs of neighbouring words over all pairs, which penalises misspelt, unfinished and repeated
+    text. Mean fit: over all phrases of the slot in the answer, so that listing many scores no more than guessing.
+    The quality of any answer to an unknown question is 0.
     """
     asked = understand(history)
     if None in asked:
@@ -77,7 +77,7 @@ def quality(history, answer):
 
 
 def ask(rng, split):
-    """A question -> (history, thing, trouble). Held-out posts join a thing and a trouble that never meet in train."""
+    """A question -> (history, thing, trouble). Held-out posts combine things and troubles in ways not in train."""
     while True:
         trouble = rng.randrange(len(CURES))
         thing = rng.choice([i for i, (domain, _) in enumerate(THINGS) if domain == CURES[trouble][0]])
@@ -86,7 +86,7 @@ def ask(rng, split):
 
 
 def reply(rng, thing, trouble):
-    """One comment's text. The wiser its author, the more is well chosen; the rest is guessed, sometimes off topic."""
+    """The text of a comment. A wiser author chooses more parts correctly; the rest is guessed, sometimes off topic."""
     wisdom = rng.random() ** 1.3
 
     def among(names, domain):
@@ -100,7 +100,7 @@ def reply(rng, thing, trouble):
 
 
 def discuss(rng, post_id, history, asked):
-    """2 to 8 comments on a post, no two of them of one quality: list of (id, time, score, text), oldest first."""
+    """2 to 8 comments on a post, all of different quality: list of (id, time, score, text), oldest first."""
     merits = {}
     for text in (reply(rng, *asked) for _ in range(rng.randint(3, 16))):
         merit = quality(history, text)
@@ -111,7 +111,7 @@ def discuss(rng, post_id, history, asked):
         merit += rng.gauss(0, NOISE)
         comments.append((merit + rng.gauss(0, TIME_NOISE), 2 + int(math.exp(5 * merit)), text))
     time, written = rng.randint(1_500_000_000, 1_650_000_000), []
-    for i, (_, score, text) in enumerate(sorted(comments)):  # good answers take longer, hence long chains
+    for i, (_, score, text) in enumerate(sorted(comments)):  # good answers come later, which gives long chains
         time += rng.randint(20, 5000)
         written.append((f'{post_id}c{i}', time, score, text))
     return written
@@ -120,11 +120,11 @@ def discuss(rng, post_id, history, asked):
 def toy_rows(split, n, seed):
     """The rows of n posts of a split ('train', 'validation', 'test'): dicts in SHP's schema, one per preference.
 
-    As in SHP a comment is preferred to another where it was written no earlier and yet scored higher. The rows of
-    fewer posts are the first rows of more. ValueError for an unknown split.
+    As in SHP, a comment is preferred to another if it was written no earlier but scored higher. The rows of fewer
+    posts are the first rows of more. Raises ValueError for an unknown split.
     """
     if split not in ('train', 'validation', 'test'):
-        raise ValueError(f"no split {split!r} in the toy data; take 'train', 'validation' or 'test'")
+        raise ValueError(f"no split {split!r} in the toy data; use 'train', 'validation' or 'test'")
     rng = random.Random(f'{split} {seed}')  # a string is seeded by its sha512, the same in every process
     posts = 0
     while posts < n:

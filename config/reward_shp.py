@@ -1,4 +1,4 @@
-# A reward model of stanfordnlp/SHP: Plackett-Luce likelihood of rankings of up to 4 answers.
+# A reward model for stanfordnlp/SHP: Plackett-Luce likelihood of rankings of up to 4 answers.
 # torchrun --nproc_per_node=8 preference.py config/reward_shp.py      after: train.py config/t0_shp.py
 # Not measured yet on this data and hardware; on a Reddit stand-in: results/README.md.
 out_dir = 'out/reward_shp'

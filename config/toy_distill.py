@@ -1,7 +1,7 @@
 # Self-play distillation on the toy data: data > teacher > self.
-# 2 CPU cores: two side by side 4 to 8 min. H200 (results/toy_preference, 3 seeds): quality 0.39 -> 0.53 +- 0.00
-# python preference.py config/toy_distill.py      after: python train.py config/toy_start.py, the same with
-# config/toy_teacher.py, and python preference.py config/toy_reward.py, whose model only reports
+# 2 CPU cores: 4 to 8 min with two runs at a time. H200 (results/toy_preference, 3 seeds): quality 0.39 -> 0.53 +- 0.00
+# python preference.py config/toy_distill.py      after: python train.py config/toy_start.py,
+# python train.py config/toy_teacher.py and python preference.py config/toy_reward.py (for metrics only)
 out_dir = 'out/toy_distill'
 method, init_from, teacher, reward_model = 'distill', 'out/toy_start', 'out/toy_teacher', 'out/toy_reward'
 source = 'toy'

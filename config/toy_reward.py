@@ -1,4 +1,4 @@
-# A reward model of the toy data: Plackett-Luce likelihood of its rankings, the best answers' cross-entropy beside it.
+# A reward model for the toy data: Plackett-Luce likelihood of its rankings, plus the best answers' cross-entropy.
 # 2 CPU cores: 2.4 min alone. H200 (results/toy_preference, 3 seeds): rank_accuracy 0.907 +- 0.008
 # python preference.py config/toy_reward.py      after: python train.py config/toy_start.py
 out_dir = 'out/toy_reward'

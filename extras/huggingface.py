@@ -1,16 +1,16 @@
-"""GPT-2 in and out of Hugging Face: weights, tokenizer, model card. It needs safetensors, but not transformers.
+"""Import and export of GPT-2 for Hugging Face: weights, tokenizer, model card. Needs safetensors, not transformers.
 
     python preference.py --dataset=mine --init_from=gpt2 --block_size=512
     python sample.py --out_dir=out/mine_dpo --export_hf=DIR
 
-In: gpt2, gpt2-medium, gpt2-large or gpt2-xl, fetched once by huggingface_hub, or a folder with config.json and
-model.safetensors (whole or in shards) or pytorch_model.bin. The start's shape is used, whatever the options are; its
-context is cropped to block_size. Its vocabulary must be the data's. A resumed run does not need the start again.
+Import: gpt2, gpt2-medium, gpt2-large or gpt2-xl, downloaded once by huggingface_hub, or a folder with config.json and
+model.safetensors (whole or in shards) or pytorch_model.bin. The start's shape overrides the options; its context is
+cropped to block_size. Its vocabulary must be the data's. A resumed run does not need the start again.
 
-Out: a new folder for AutoModelForCausalLM and AutoTokenizer, in float32, with a model card. A reward model becomes its
-trunk with the head beside it, in scalar_head.safetensors; a PPO run its policy, with the value function in critic/.
-Biases that a run does not have are written as 0. Two things are lost: link_n is not part of the weights, and
-<|endoftext|> within a text, which is ordinary text here, is the special token there.
+Export: a new folder for AutoModelForCausalLM and AutoTokenizer, in float32, with a model card. A reward model is
+written as its trunk, with the head in scalar_head.safetensors; a PPO run as its policy, with the value function in
+critic/. Missing biases are written as 0. Two things are lost: link_n is not part of the weights, and <|endoftext|>
+within a text, which is ordinary text here, is the special token there.
 """
 import json
 import math
@@ -30,17 +30,17 @@ try:
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 except ImportError:
-    raise Refusal('folders of Hugging Face are read and written with safetensors: pip install safetensors') from None
+    raise Refusal('Hugging Face folders need the package safetensors: pip install safetensors') from None
 
 WEIGHTS = 'model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin'
-# of GPT2Config, what our GPT can express; a key that config.json lacks has its default, which is the first one
+# the values of GPT2Config that our GPT supports; the first is the default if config.json lacks the key
 EXPRESSED = dict(model_type=('gpt2',), activation_function=('gelu_new', 'gelu_pytorch_tanh'),  # the same by two names
                  layer_norm_epsilon=(1e-5,), scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
                  add_cross_attention=(False,), tie_word_embeddings=(True, False))
 SIZES = dict(vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768)
-MASK = re.compile(r'transformer\.h\.\d+\.attn\.(masked_)?bias')  # the causal mask, which some files hold
+MASK = re.compile(r'transformer\.h\.\d+\.attn\.(masked_)?bias')  # the causal mask, which some files contain
 WTE, HEAD = 'transformer.wte.weight', 'lm_head.weight'           # in our GPT padded to a multiple of 64 rows
-CONV1D = 'c_attn.weight', 'c_proj.weight', 'c_fc.weight'         # x W + b, so that W is our Linear's transposed
+CONV1D = 'c_attn.weight', 'c_proj.weight', 'c_fc.weight'         # x W + b, so W is the transpose of our Linear's
 TOLERANCE = 1e-4  # relative, of float32 logits
 
 
@@ -60,7 +60,7 @@ def gpt2_shapes(config):
 
 
 def gpt2_logits(w, config, idx):
-    """Logits (T, V) of one text idx (T,), written out from weights w by Hugging Face's names (Radford et al. 2019)."""
+    """Logits (T, V) of a text idx (T,) from weights w with Hugging Face's names, written out (Radford et al. 2019)."""
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], w[f'{name}.weight'], w[f'{name}.bias'], eps=1e-5)
 
@@ -81,7 +81,7 @@ def gpt2_logits(w, config, idx):
     return norm(x, 'transformer.ln_f') @ w.get(HEAD, w[WTE]).T
 
 
-# In ------------------------------------------------------------------------------------------------------------------
+# Import --------------------------------------------------------------------------------------------------------------
 
 
 def open_gpt2(name, encoding):
@@ -89,29 +89,29 @@ def open_gpt2(name, encoding):
     folder = Path(name) if Path(name).exists() else fetch(name)
     state = read_gpt2(folder)
     if state['encoding'] != encoding.name:
-        raise Refusal(f"init_from={name} has {state['encoding']}, and the data are in {encoding.name}; prepare the data "
-                      'with its --encoding')
+        raise Refusal(f"init_from={name} uses {state['encoding']}, but the data are in {encoding.name}; prepare the "
+                      'data with the same --encoding')
     check_tokenizer(folder, encoding)
     return state
 
 
 def fetch(name):
-    """config.json and weights of a GPT-2 of the Hub -> the folder where huggingface_hub keeps them."""
-    for repository in (f'openai-community/{name}', name):  # a cache may have it under either
+    """Downloads config.json and weights of a GPT-2 of the Hub -> the folder where huggingface_hub keeps them."""
+    for repository in (f'openai-community/{name}', name):  # a cache may have it under either name
         try:
             from huggingface_hub import snapshot_download
             return Path(snapshot_download(repository, allow_patterns=['config.json', 'model.safetensors']))
-        except Exception as error:  # of whatever kind the network, the Hub or a half-filled cache raise
+        except Exception as error:  # the network, the Hub and an incomplete cache raise many types
             problem = f'{type(error).__name__}: {first_line(error)}'
-    raise Refusal(f'{name} could not be fetched ({problem}); pip install huggingface_hub, check the network, set '
+    raise Refusal(f'{name} could not be downloaded ({problem}); pip install huggingface_hub, check the network, set '
                   'HF_HOME to a cache that has it, or name a folder with its config.json and model.safetensors')
 
 
 def read_gpt2(folder):
     """A folder with config.json and weights -> dict(model, model_config, encoding), float32, in our names and shapes.
 
-    Refuses a config that our GPT cannot express, and by its name a weight that is missing, unexpected, of another shape
-    or not finite.
+    Raises Refusal for a config that our GPT does not support, and for a weight that is missing, unexpected, of another
+    shape or not finite.
     """
     config, given, weights = read_config(folder), {}, {}
     for name, w in read_weights(folder).items():
@@ -123,14 +123,14 @@ def read_gpt2(folder):
         raise Refusal(f'{folder} has a {HEAD} of its own, but its config.json ties it to the token embedding; set '
                       'tie_word_embeddings to false there to keep it')
     for name in sorted(wanted.keys() ^ given.keys()):
-        problem = 'lacks' if name in wanted else 'holds, beyond a GPT-2,'
+        problem = 'lacks the weight' if name in wanted else 'has the additional weight'
         raise Refusal(f'{folder} {problem} {name}; only GPT2LMHeadModel can be read')
     for name, shape in wanted.items():
         w = given.pop(name).float()
         if w.shape != shape:
-            raise Refusal(f'{folder}: {name} is of shape {tuple(w.shape)}, and config.json makes it {shape}')
+            raise Refusal(f'{folder}: {name} has shape {tuple(w.shape)}, but config.json requires {shape}')
         if not w.isfinite().all():
-            raise Refusal(f'{folder}: {name} holds numbers that are not finite')
+            raise Refusal(f'{folder}: {name} has values that are not finite; copy the model again')
         if name in (WTE, HEAD):
             w = F.pad(w, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
         weights[name] = w.t().contiguous() if name.endswith(CONV1D) else w
@@ -141,12 +141,12 @@ def read_gpt2(folder):
 
 
 def read_config(folder):
-    """config.json of a GPT2LMHeadModel -> GPTConfig without dropout; refuses what our GPT cannot express."""
+    """config.json of a GPT2LMHeadModel -> GPTConfig without dropout. Raises Refusal for what is not supported."""
     given = read_json(folder / 'config.json')
     sizes = {key: given.get(key, default) for key, default in SIZES.items()}
     for key, values in (EXPRESSED | dict(n_inner=(None, 4 * sizes['n_embd']))).items():
         if given.get(key, values[0]) not in values:
-            raise Refusal(f'{folder}: our GPT cannot express {key}={given[key]!r} of its config.json, only '
+            raise Refusal(f'{folder}: {key}={given[key]!r} in config.json is not supported, only '
                           f'{" or ".join(map(repr, values))}; use another GPT-2')
     block_size = sizes.pop('n_positions')
     return GPTConfig(block_size=block_size, tie_weights=given.get('tie_word_embeddings', True), **sizes)
@@ -168,14 +168,14 @@ def read_weights(folder):
     for file in files:
         try:
             weights |= load_file(file) if file != pickled else torch.load(file, map_location='cpu', weights_only=True)
-        except Exception as error:  # whatever safetensors and the unpickler make of a missing or damaged file
+        except Exception as error:  # safetensors and the unpickler raise many types for a missing or damaged file
             raise Refusal(f'{file} cannot be read ({first_line(error)}); copy the model again, its config.json and one '
                           f'of {", ".join(WEIGHTS)}') from None
     return weights
 
 
 def check_tokenizer(folder, encoding):
-    """Where the folder has a tokenizer, it must have the encoding's ordinary tokens: not only as many."""
+    """If the folder has a tokenizer, checks that its ordinary tokens are those of the encoding."""
     if (folder / 'tokenizer.json').exists():
         found = read_json(folder / 'tokenizer.json')['model']['vocab']
     elif (folder / 'vocab.json').exists():
@@ -185,16 +185,16 @@ def check_tokenizer(folder, encoding):
     for token, id in vocabulary(encoding).items():
         if found.get(token) != id:
             raise Refusal(f"the tokenizer in {folder} is not the data's, {encoding.name}: {token!r} is not its token "
-                          f'{id}; use a model of that vocabulary')
+                          f'{id}; use a model with the vocabulary of the data')
 
 
-# Out -----------------------------------------------------------------------------------------------------------------
+# Export --------------------------------------------------------------------------------------------------------------
 
 
 def export(state, out_dir, folder):
-    """A checkpoint `state` of the run out_dir -> the new `folder`, for AutoModelForCausalLM and AutoTokenizer.
+    """Writes a checkpoint `state` of the run out_dir to a new `folder`, for AutoModelForCausalLM and AutoTokenizer.
 
-    It is written aside and renamed. Refuses where `folder` exists, and a model that does not compute what GPT-2 does.
+    It is written elsewhere and renamed. Raises Refusal if `folder` exists, or if the model is not a GPT-2.
     """
     final = Path(folder)
     if final.exists():
@@ -205,7 +205,8 @@ def export(state, out_dir, folder):
         temporary.mkdir(parents=True)
         for name, place in ((main, temporary), ('critic', temporary / 'critic')):
             if name in state:
-                write_model(place, state[name], GPTConfig(**state['critic_config' if name == 'critic' else 'model_config']), encoding)
+                config = state['critic_config' if name == 'critic' else 'model_config']
+                write_model(place, state[name], GPTConfig(**config), encoding)
         write_tokenizer(temporary, encoding, state['model_config']['block_size'])
         (temporary / 'README.md').write_text(model_card(state, out_dir, final.name, encoding), encoding='utf-8')
         temporary.rename(final)
@@ -216,8 +217,8 @@ def export(state, out_dir, folder):
 
 
 def to_gpt2(weights, config):
-    """Weights of our GPT -> of GPT2LMHeadModel. Refuses those that are not its, or do not give the logits it gives."""
-    refusal = '--export_hf writes GPT-2 only and this model is none: {} differ; use it through sample.py'
+    """Weights of our GPT -> of GPT2LMHeadModel. Raises Refusal if these have other names or give other logits."""
+    refusal = '--export_hf writes GPT-2 only, and this model is not one: {} differ; use it with sample.py'
     wanted = gpt2_shapes(config)
     theirs = {name: torch.zeros(shape) for name, shape in wanted.items() if name.endswith('.bias')}
     for name, w in weights.items():
@@ -239,7 +240,7 @@ def to_gpt2(weights, config):
 
 
 def write_model(folder, weights, config, encoding):
-    """config.json, generation_config.json, model.safetensors and, of a ScalarHead, scalar_head.safetensors."""
+    """Writes config.json, generation_config.json, model.safetensors and, for a ScalarHead, scalar_head.safetensors."""
     folder.mkdir(exist_ok=True)
     if 'head.weight' in weights:
         head = dict(weight=weights['head.weight'], offset=weights['offset'])
@@ -252,7 +253,7 @@ def write_model(folder, weights, config, encoding):
         vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
         n_head=config.n_head, tie_word_embeddings=config.tie_weights, resid_pdrop=config.dropout,
         embd_pdrop=config.dropout, attn_pdrop=config.dropout, **ends))
-    # sample.py's defaults; those of transformers take the 50 likeliest tokens only
+    # sample.py's defaults; transformers would sample from the 50 likeliest tokens only
     write_json(folder / 'generation_config.json', dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ends))
 
 
@@ -261,7 +262,7 @@ def write_json(path, thing):
 
 
 def write_tokenizer(folder, encoding, block_size):
-    """The encoding as a byte-level BPE."""
+    """Writes the encoding as a byte-level BPE."""
     end, tokens = prepare_shp.END_OF_TEXT, vocabulary(encoding)
     bytes_ = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)
     write_json(folder / 'tokenizer.json', dict(
@@ -275,7 +276,7 @@ def write_tokenizer(folder, encoding, block_size):
 
 
 def vocabulary(encoding):
-    """{token: id} but end-of-text, in order. Each byte has a printable character, as in GPT-2's encoder.py."""
+    """{token: id} without end-of-text, in order. Each byte is a printable character, as in GPT-2's encoder.py."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     character = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -284,9 +285,9 @@ def vocabulary(encoding):
 
 
 def merges(tokens):
-    """The pairs of tokens that BPE joins, in order; tiktoken keeps only what each pair gives.
+    """The pairs of tokens that BPE merges, in order. tiktoken stores only the merged tokens.
 
-    Joining the earliest pair within a token, again and again, ends in the pair that made it.
+    Merging the earliest pair within a token repeatedly leaves the last pair that gave the token.
     """
     for token in tokens:
         parts = list(token)
@@ -331,8 +332,8 @@ pipeline_tag: {task}
 A GPT-2 trained with nanoTaylor ({config.get('method') or f'language model, T_{order}'}), at step {state['step']:,}. \
 {encoding.n_vocab:,} tokens of {encoding.name}, a context of {shape.block_size:,}, float32. {' '.join(notes)}
 
-A prompt is the post without blanks around it, and a line that starts the answer. An answer ends with `{end}`. Prompt \
-and answer are encoded apart. In training `{end}` within a text was ordinary text; here it is the special token.
+A prompt is the stripped post, and a line that starts the answer. An answer ends with `{end}`. Prompt \
+and answer are encoded separately. In training `{end}` within a text was ordinary text; here it is the special token.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,6 +1,6 @@
-"""The softmax of the head as one Triton kernel. losses.py imports this file on CUDA, where there is triton.
+"""The softmax of the head as one Triton kernel. losses.py imports this file on CUDA if triton is installed.
 
-A row of logits is read, read again, most of it from the GPU's cache, and written: no other pass over (R, V) is made.
+A row of logits is read twice, the second time mostly from the GPU's cache, and written once: no other pass over (R, V).
 """
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,14 @@ def error_of(h, w, targets, vocab_size, out):
 
 @triton.jit
 def _error(logits, targets, log_odds, vocab_size, width, block: tl.constexpr):
-    """One program a row: log(p / q) of the target, and the logits become softmax - onehot in place, 0 in the padding.
+    """One program per row: log(p / q) of the target; softmax - onehot replaces the logits in place, 0 in the padding.
     """
     exact: tl.constexpr = log_odds.dtype.element_ty
     row, lanes = tl.program_id(0), tl.arange(0, block)
     logits += row.to(tl.int64) * width
     target = tl.load(targets + row)
     z_target = tl.load(logits + target).to(exact)
-    # maximum and sum over all but the target, in each lane: 1 - p would lose all digits of q where p is near 1
+    # maximum and sum over all but the target, in each lane: 1 - p would lose all digits of q if p is near 1
     top, total = tl.full((block,), -1e30, exact), tl.zeros((block,), exact)
     for first in range(0, vocab_size, block):
         v = first + lanes

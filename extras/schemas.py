@@ -1,9 +1,9 @@
-"""Rows of other schemas, and datasets of the Hub -> Rankings; prepare_shp.py imports this where it meets one.
+"""Rows of other schemas, and datasets of the Hub -> Rankings. prepare_shp.py imports this file only if it needs it.
 
-A row is known by its columns. Scores are better when higher, ranks when lower; equal ones are no preference.
+The columns of a row determine its schema. Higher scores and lower ranks are better; ties express no preference.
 
     TRL, explicit                              prompt, chosen, rejected
-    TRL, implicit                              chosen, rejected: two whole dialogues that begin alike
+    TRL, implicit                              chosen, rejected: two whole dialogues with the same beginning
     UltraFeedback                              instruction, completions: [{response, overall_score}, ...]
     its binarized form                         prompt, chosen, rejected, score_chosen, score_rejected
     Nectar                                     prompt, answers: [{answer, rank}, ...]
@@ -17,34 +17,34 @@ from configurator import Refusal
 from prepare_shp import SPLITS, Ranking, read_ranked
 
 HUB_NAME = 'hf:{0}(/{0})?(:{0})?'.format('[A-Za-z0-9][A-Za-z0-9_.-]*')  # owner/dataset:subset
-# columns of a row: the first that it has
+# columns of a row; the first one that exists is used
 PROMPTS, LISTS = ('prompt', 'instruction'), ('responses', 'chosen', 'rejected', 'completions', 'answers')
-# columns of an answer: the first that most answers of a row have
+# columns of an answer; the one that most answers of a row have is used, the first of several
 ANSWERS, SCORES = ('answer', 'response'), ('score', 'overall_score', 'fine-grained_score', 'rank')
 # the names --columns may map: columns of a row, columns of its answers, splits
 ROW_COLUMNS = 'prompt', 'responses', 'scores', 'chosen', 'rejected', 'score_chosen', 'score_rejected'
 COLUMNS = (*ROW_COLUMNS, 'answer', 'score', 'rank', *SPLITS.values())
 SPEAKERS = {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'}
-TURN = re.compile(r'(?:\A\s*|\n\n)(Human|Assistant|System):')  # of a dialogue in one text
+TURN = re.compile(r'(?:\A\s*|\n\n)(Human|Assistant|System):')  # start of a turn in a dialogue that is one text
 
 
 def check_source(cfg):
-    """Sentences for what is wrong with cfg.source and cfg.columns, for a Config's `check`."""
+    """Yields a sentence for each error in cfg.source and cfg.columns, for Config.check."""
     if cfg.source.startswith('hf:') and not re.fullmatch(HUB_NAME, cfg.source):
-        yield f"source='{cfg.source}' names no dataset of the Hub; write hf:OWNER/NAME or hf:OWNER/NAME:SUBSET"
+        yield f"source='{cfg.source}' is not a dataset of the Hub; write hf:OWNER/NAME or hf:OWNER/NAME:SUBSET"
     for pair in cfg.columns:
         ours, _, theirs = pair.partition(':')
         if ours not in COLUMNS or not theirs:
             yield f"columns: '{pair}' is not OURS:THEIRS, with OURS one of {', '.join(COLUMNS)}"
         elif ours in SPLITS.values() and not (cfg.source == 'hub' or cfg.source.startswith('hf:')):
-            yield f"columns: '{pair}' maps a split, which datasets of the Hub have; name the file {ours}.jsonl instead"
+            yield f"columns: '{pair}' maps a split, which works for the Hub only; name the file {ours}.jsonl instead"
 
 
 # Schemas -------------------------------------------------------------------------------------------------------------
 
 
 def read_foreign(row, columns={}):
-    """A row (dict) -> Ranking. columns: our name -> theirs. ValueError: why there is none."""
+    """A row (dict) -> Ranking. columns: our name -> theirs. Raises ValueError with the reason if it is unusable."""
     for ours, theirs in columns.items():
         if ours in ROW_COLUMNS:
             if row.get(theirs) is None:
@@ -66,13 +66,13 @@ def read_foreign(row, columns={}):
 
 
 def _chosen(row, prompt):
-    """TRL's pairs. Where the answers are whole dialogues, the prompt is what both begin with."""
+    """TRL's pairs. If the answers are whole dialogues, the prompt is their common beginning."""
     pair, scores = [row.get('chosen'), row.get('rejected')], None
     texts, talks = (all(map(is_kind, pair)) for is_kind in (lambda x: isinstance(x, str), is_conversation))
     if prompt is None and 'prompt' in row and not talks:
         raise ValueError('prompt is null')
     if prompt is None and any(row.get(name) for name in ('question', 'query', 'input')):
-        raise ValueError('it has no prompt, and a column that may be it; say which with --columns=prompt:NAME')
+        raise ValueError('it has no prompt, but a column that may be the prompt; use --columns=prompt:NAME')
     if (texts or talks) and as_text(pair[0]).strip() == as_text(pair[1]).strip():
         raise ValueError('chosen and rejected are equal')
     if talks and not is_conversation(prompt) or texts and prompt is None:
@@ -80,7 +80,7 @@ def _chosen(row, prompt):
         if shared == min(map(len, pair)):
             raise ValueError('one of chosen and rejected is the beginning of the other')
         cut = _last_turn(pair[0][:shared]) if texts else shared
-        if cut:  # else the prompt is what the row gives, if anything
+        if cut:  # otherwise the prompt is that of the row, if any
             prompt, pair = _unframed(pair[0][:cut]) if texts else pair[0][:cut], [x[cut:] for x in pair]
     if any(is_conversation(x) and x[0]['role'] != 'assistant' for x in pair):
         raise ValueError('chosen and rejected part before the assistant answers')
@@ -96,13 +96,13 @@ def _scored(prompt, answers, columns):
     answers = [answer if isinstance(answer, dict) else {} for answer in answers]
 
     def values(names):
-        """-> our name of the column that most answers have, and what they have there."""
-        names = [name for name in names if name in columns] or names  # what --columns maps counts before others
+        """-> our name of the column that most answers have, and its values."""
+        names = [name for name in names if name in columns] or names  # columns mapped by --columns come first
         found = {name: [answer.get(columns.get(name, name)) for answer in answers] for name in names}
         best = min(found, key=lambda name: found[name].count(None))
         if found[best].count(None) == len(answers):
-            asked = ' or '.join(columns.get(name, name) for name in names)
-            raise ValueError(f'no column {asked[:100]} in its answers')
+            wanted = ' or '.join(columns.get(name, name) for name in names)
+            raise ValueError(f'no column {wanted[:100]} in its answers')
         return best, found[best]
 
     (_, texts), (name, scores) = values(ANSWERS), values(SCORES)
@@ -115,9 +115,9 @@ def _scored(prompt, answers, columns):
 
 
 def _last_turn(shared):
-    """Where in a text that two dialogues share the answer begins: behind its last "Assistant:".
+    """The index at which the answer begins in the common text of two dialogues: after its last "Assistant:".
 
-    Texts that are no dialogues part between two words, as in TRL: "The sky is blue.", "The sky is green.".
+    Texts that are not dialogues are split between two words, as in TRL: "The sky is blue.", "The sky is green.".
     """
     turns = list(TURN.finditer(shared))
     if turns and turns[-1][1] != 'Assistant':
@@ -126,21 +126,21 @@ def _last_turn(shared):
 
 
 def _unframed(prompt):
-    """A prompt without the frame "Human: ... Assistant:", for our template has one of its own."""
+    """A prompt without "Human: ... Assistant:" around it, since our template adds its own."""
     framed = re.fullmatch(r'\s*Human:\s*(.*)\n\nAssistant:\s*', prompt, re.DOTALL)
     return framed[1] if framed else prompt
 
 
 def is_conversation(x):
-    """Whether x is a list of messages, each with a role and a content that are texts."""
+    """Whether x is a list of messages, each with a role and a content as text."""
     return isinstance(x, list) and x != [] and all(
         isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str) for m in x)
 
 
 def as_text(x):
-    """A conversation -> its turns, a blank line between them, each but the first led by its speaker; else x itself.
+    """A conversation -> its turns, separated by blank lines, all but the first after the speaker's name; else x itself.
 
-    [user: a, assistant: b, user: c] -> 'a\\n\\nAssistant: b\\n\\nHuman: c', and so one message is its text.
+    [user: a, assistant: b, user: c] -> 'a\\n\\nAssistant: b\\n\\nHuman: c'; a single message becomes its text.
     """
     if not is_conversation(x):
         return x
@@ -153,24 +153,24 @@ def as_text(x):
 
 
 def from_hub(name, columns):
-    """A dataset of the Hub, or a folder that `datasets` reads -> [(split, split there, rows)]. Runs no code."""
+    """A dataset of the Hub, or a folder that `datasets` reads -> [(split, its name there, rows)]. Runs no code."""
     dataset, _, subset = name.partition(':')
     try:
         import datasets
         if int(datasets.__version__.partition('.')[0]) < 4:
-            raise Refusal(f'datasets {datasets.__version__} may run what a dataset brings: pip install -U datasets')
+            raise Refusal(f'datasets {datasets.__version__} may run code of a dataset: pip install -U datasets')
         found = datasets.load_dataset(dataset, *[subset] if subset else [])
     except Refusal:
         raise
-    except Exception as error:  # of whatever kind the network, the Hub or a half-filled cache raise
+    except Exception as error:  # the network, the Hub and an incomplete cache raise many types
         words = ''.join(filter(str.isprintable, ' '.join(str(error).split())))[:300]
-        raise Refusal(f'{name} could not be had from the Hub ({type(error).__name__}: {words}): take a local copy with '
-                      '--source=DIR --dataset=NAME; where it was downloaded before, set HF_HUB_OFFLINE=1 and HF_HOME '
-                      'to that cache; --source=toy needs no network')
+        raise Refusal(f'{name} could not be loaded from the Hub ({type(error).__name__}: {words}): use a local copy '
+                      'with --source=DIR --dataset=NAME; if it is in a cache, set HF_HUB_OFFLINE=1, and HF_HOME to '
+                      'that cache; --source=toy needs no network')
     named = dict(pair.split(':', 1) for pair in columns)
     wanted = {split: named.get(split, split) for split in SPLITS.values()}
     absent = [theirs for ours, theirs in wanted.items() if theirs not in found and (ours == 'train' or ours in named)]
     if absent:
-        raise Refusal(f"{name} has no split {', '.join(absent)}, but {', '.join(found)}; say which is which with "
+        raise Refusal(f"{name} has no split {', '.join(absent)}, only {', '.join(found)}; map them with "
                       '--columns=train:THEIRS,test:THEIRS')
     return [(split, theirs, found[theirs]) for split, theirs in wanted.items() if theirs in found]

@@ -1,4 +1,4 @@
-"""Metrics in TensorBoard and in Weights & Biases, beside metrics.jsonl: --tensorboard=True, --wandb=True."""
+"""Metrics in TensorBoard and in Weights & Biases, in addition to metrics.jsonl: --tensorboard=True, --wandb=True."""
 import os
 import secrets
 from dataclasses import asdict
@@ -8,7 +8,7 @@ from runs import write_whole
 
 
 def viewers(cfg, step):
-    """Functions of (event, its values) that show metrics elsewhere, from `step` on. None of them asks anything."""
+    """Functions of (event, values) that show metrics elsewhere, from `step` on. None of them prompts the user."""
     found = []
     if cfg.tensorboard:
         from torch.utils.tensorboard import SummaryWriter

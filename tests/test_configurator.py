@@ -167,13 +167,13 @@ def test_all_errors_at_once():
                                                                                         '--flag=VALUE')])
 def test_spaces(capsys, args, written):
     write('a.py', '')
-    assert refused(capsys, *args) == [f'a flag and its value are one word: write {written}']
+    assert refused(capsys, *args) == [f'a flag and its value must be one word: write {written}']
 
 
 def test_a_config_of_another_script(capsys):
-    assert refused(capsys, 'config/toy_t2.py') == ['config/toy_t2.py is a config of train.py']  # found from any folder
+    assert refused(capsys, 'config/toy_t2.py') == ['config/toy_t2.py is a config of train.py; use that script']
     write('a.py', '# DPO.\n# torchrun --n=8 other.py config/a.py   after: this.py config/b.py\nn, beta = 2, 3')
-    assert refused(capsys, 'a.py') == ['a.py is a config of other.py']
+    assert refused(capsys, 'a.py') == ['a.py is a config of other.py; use that script']
     write('a.py', f'# python {configurator.SCRIPT} config/a.py\nbeta = 1')
     assert refused(capsys, 'a.py') == ["a.py: unknown option 'beta', --help lists them all"]
 

@@ -212,7 +212,7 @@ def at_step(step, rank, action):
 
 def test_a_rank_that_hangs_ends_both_and_nothing_is_lost(tmp_path):
     with Ranks(tmp_path, 'train', 'runs.RANK_TIMEOUT = 6\n' + at_step(7, 1, 'time.sleep(12)')) as ranks:
-        assert ranks.end() != 0 and 'does not answer' in ranks.output
+        assert ranks.end() != 0 and 'does not respond' in ranks.output
     assert load_checkpoint(tmp_path / 'run')['step'] == 6
 
 
@@ -297,7 +297,7 @@ def test_nohup_keeps_a_run_alive_and_its_folder_closed_to_others(tmp_path):
     process = running(tmp_path, 5, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
     for changes in (dict(resume=True), dict(overwrite=True), {}):
-        with pytest.raises(Refusal, match='run is in use by another run; wait for its end'):
+        with pytest.raises(Refusal, match='run is in use by another run; wait until it ends'):
             train.main(config('train', tmp_path / 'run', **changes))
     process.terminate()
     assert 'stopped after step' in process.communicate()[0] and process.returncode == 143
@@ -333,7 +333,7 @@ def test_checkpoints_that_are_gone(tmp_path):
     for path in runs.checkpoints(tmp_path / 'run'):
         path.unlink()
     before = files(tmp_path / 'run')
-    with pytest.raises(Refusal, match='has lost its checkpoints, and best.pt cannot be continued'):
+    with pytest.raises(Refusal, match='has no ckpt_.*, and a run cannot be resumed from best.pt'):
         train.main(replace(cfg, resume=True))
     assert before == files(tmp_path / 'run')
 
@@ -352,7 +352,7 @@ def test_a_folder_that_holds_no_run_is_not_touched(tmp_path):
         (tmp_path / name).write_text('mine')
     before = files(tmp_path)
     for overwrite in (False, True):
-        with pytest.raises(Refusal, match='holds no run, so nothing in it is touched'):
+        with pytest.raises(Refusal, match='is not empty and is not the folder of a run'):
             train.main(config('train', tmp_path, overwrite=overwrite))
     assert files(tmp_path) == before
 

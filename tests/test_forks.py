@@ -57,10 +57,11 @@ def train_and_resume(folder, number, command, before='', after='', rows=()):
 
 
 def test_another_loss(tmp_path):
-    printed, state = train_and_resume(tmp_path, 0, TRAIN, after='sample --out_dir=out/whole --link=True --prompt=Hi?')
-    assert 'focal, gamma = 2' in printed and 'its probabilities have no link' in printed
+    printed, state = train_and_resume(tmp_path, 0, TRAIN, f'{TRAIN} --taylor_order=2',
+                                      'sample --out_dir=out/whole --link=True --prompt=Hi?')
+    assert 'taylor_order=2 has no effect on the loss lambda' in printed and 'its probabilities have no link' in printed
     for name in (state['fixed']['loss'], json.loads((tmp_path / 'out/whole/config.json').read_text())['loss']):
-        assert name == 'loss_of = lambda log_p: -torch.expm1(log_p) ** 2 * log_p  # focal, gamma = 2'
+        assert name == 'lambda log_p: -torch.expm1(log_p) ** 2 * log_p'
     lines = [json.loads(line) for line in (tmp_path / 'out/whole/metrics.jsonl').read_text().splitlines()]
     assert not any('link' in key for line in lines for key in line)
     p = torch.tensor(-lines[1]['train_ce']).exp()  # of a model that is near uniform still

@@ -19,6 +19,7 @@ import answers
 import model
 import prepare_shp
 import preference
+import runs
 import sample
 import test_preference
 import test_train
@@ -175,7 +176,7 @@ def test_a_forked_architecture_is_refused(tmp_path, monkeypatch, place, fork, wo
     scorer = state_of(gpt, reward_model=ScalarHead(gpt).state_dict())
     del scorer['model']
     for state in (state_of(gpt), scorer):
-        with pytest.raises(Refusal, match=f'--export_hf writes GPT-2 only and this model is none: {words}'):
+        with pytest.raises(Refusal, match=f'--export_hf writes GPT-2 only, and this model is not one: {words}'):
             huggingface.export(state, 'no_run', tmp_path / 'out')
     assert not list(tmp_path.iterdir())
 
@@ -202,7 +203,7 @@ def test_training_starts_from_it_and_resumes_without_it(tmp_path, foreign, monke
     assert all(torch.equal(w, state['model'][name]) for name, w in start_from(foreign, 32)['model'].items())
     train.main(train_config(tmp_path / 'whole', overwrite=True))
     train.main(train_config(tmp_path / 'cut', stop_step=5))
-    monkeypatch.setattr(train, 'open_start', None)  # the start may be gone by then
+    monkeypatch.setattr(runs, 'open_start', None)  # the start may be gone by then
     train.main(train_config(tmp_path / 'cut', resume=True))
     assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
     with pytest.raises(Refusal, match='init_from is foreign in the checkpoint, start here'):
@@ -230,7 +231,7 @@ def test_names_are_fetched_or_refused(tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
     with pytest.raises(Refusal, match='block_size=49 is more than the 48 positions .* use --block_size=48 or less'):
         start_from(exported(tmp_path / 'out'), 49)
-    with pytest.raises(Refusal, match='gpt2-medium could not be fetched .ConnectionError: no network.*HF_HOME'):
+    with pytest.raises(Refusal, match='gpt2-medium could not be downloaded .ConnectionError: no network.*HF_HOME'):
         start_from('gpt2-medium')
     assert start_from('gpt2-large', 20)['model_config']['block_size'] == 20
     assert asked[-2:] == [(name, ['config.json', 'model.safetensors']) for name in ('openai-community/gpt2-large',
@@ -269,15 +270,15 @@ def swapped_tokens(out):
 
 
 @pytest.mark.parametrize('change, words', [
-    (with_config(model_type='llama'), "our GPT cannot express model_type='llama'"),
-    (with_config(activation_function='relu'), "cannot express activation_function='relu' .* only 'gelu_new'"),
-    (with_config(n_layer=2), 'lacks transformer.h.1.attn.c_attn.bias; only GPT2LMHeadModel'),
-    (with_config(n_positions=40), r'wpe.weight is of shape \(48, 16\), and config.json makes it \(40, 16\)'),
-    (with_config(tie_word_embeddings=False), 'lacks lm_head.weight;'),
-    (with_weights(lambda w: w.update({'score.weight': torch.ones(2)})), 'holds, beyond a GPT-2, transformer.score.w'),
+    (with_config(model_type='llama'), "model_type='llama' in config.json is not supported"),
+    (with_config(activation_function='relu'), "activation_function='relu' .* only 'gelu_new'"),
+    (with_config(n_layer=2), 'lacks the weight transformer.h.1.attn.c_attn.bias; only GPT2LMHead'),
+    (with_config(n_positions=40), r'wpe.weight has shape \(48, 16\), but config.json requires \(40, 16\)'),
+    (with_config(tie_word_embeddings=False), 'lacks the weight lm_head.weight;'),
+    (with_weights(lambda w: w.update({'score.weight': torch.ones(2)})), 'has the additional weight transformer.sco'),
     (with_weights(lambda w: w.update({'lm_head.weight': w[WTE] + 1})), 'has a lm_head.weight of its own'),
-    (with_weights(lambda w: w.update({FC: w[FC].T})), rf'{FC} is of shape \(64, 16\)'),
-    (with_weights(lambda w: w[FC].fill_(math.nan)), f'{FC} holds numbers that are not finite'),
+    (with_weights(lambda w: w.update({FC: w[FC].T})), rf'{FC} has shape \(64, 16\)'),
+    (with_weights(lambda w: w[FC].fill_(math.nan)), f'{FC} has values that are not finite'),
     (with_file('model.safetensors', 'junk'), 'model.safetensors cannot be read'),
     (with_file('model.safetensors.index.json', '{"weight_map": {"a": "b.safetensors"}}'), 'b.safetensors cannot be '),
     (lambda out: (out / 'config.json').write_text('{'), 'there is no checkpoint'),

@@ -104,10 +104,10 @@ def test_refusals_leave_the_old_picture(tmp_path, capsys):
     empty = write_run(tmp_path / 'empty', [])
     nothing = write_run(tmp_path / 'nothing', [dict(event='train', step=1, tokens=1, train_ce=math.nan)])
     old = plot([a]).read_bytes()
-    assert 'there is nothing to plot; name the folders' in ''.join(Config().check())
-    for runs, path, words in (([a, tmp_path / 'gone'], '', 'gone/metrics.jsonl holds no metrics; name the folder'),
-                              ([empty], '', 'holds no metrics'), ([nothing], '', 'hold nothing to draw'),
-                              ([a, p], '', 'plot them apart'), ([a] * 8, '', '8 runs are too many'),
+    assert 'no runs are given; name their folders' in ''.join(Config().check())
+    for runs, path, words in (([a, tmp_path / 'gone'], '', 'gone/metrics.jsonl has no metrics; name the folder'),
+                              ([empty], '', 'has no metrics'), ([nothing], '', 'no curve to draw'),
+                              ([a, p], '', 'training runs separately'), ([a] * 8, '', '8 runs are too many'),
                               ([a], tmp_path / 'no/x.png', 'no/x.png could not be written')):
         with pytest.raises(Refusal, match=words):
             plot(runs, path)

@@ -180,15 +180,15 @@ def test_a_long_answer_takes_nothing_from_the_others(tmp_path, capsys):
     data = as_data((long, [a + [5, EOT], a + [6, EOT], [3, EOT]]), (short, [a + [EOT], a + [5, EOT], b, a]),
                    (long, [a + [5, EOT], a + [6, EOT]]), (short, [[3, EOT], [4, EOT]]))
     usable, words = answers.usable_rankings(lab, data)
-    assert words == ('2 prompts lose their beginning, 6 answers are cut, 3 answers equal a better one then and are '
-                     'left out, 1 rankings keep one answer and are dropped')
+    assert words == ('2 prompts lose their beginning, 6 answers are cut, 3 cut answers equal a better one and are '
+                     'dropped, 1 rankings keep only one answer and are dropped')
     assert usable.scores.tolist() == [0, 2, 3, 5, 9, 10] and usable.ids.tolist() == ['post0', 'post1', 'post3']
     assert usable.first.tolist() == [0, 2, 4, 6] and answers.usable_rankings(lab, usable)[1].startswith('1 prompts')
     made = SimpleNamespace(groups=lambda split: data, meta=prepare_shp.open_dataset(lab.cfg).meta)
     lab.groups['val'] = preference.open_lab(lab.cfg, lab.machine, made).groups['val']
     printed = capsys.readouterr().out
     for split in ('train', 'val'):
-        assert f'note: of the rankings of {split}, in a block of 80 tokens with max_new_tokens=20: {words}' in printed
+        assert f'note: rankings of {split}, with a block of 80 tokens and max_new_tokens=20: {words}' in printed
     held = an_evaluation(lab, method, None).held
     assert sorted(held['answer_length'].tolist()) == [[2, 2], [20, 2], [50, 50]]
     assert sorted(held['prompt_length'].tolist()) == [30, 30, 60]
@@ -517,11 +517,11 @@ def test_evaluation_by_brute_force(tmp_path):
     policy, reference = method.trained['model'], the_start()
     shake(policy, scale=0.03)
     evaluation, calls = an_evaluation(lab, method, policy), []
-    for gpt in (policy, method.reference):
+    for gpt in (policy, method.start):
         gpt.register_forward_hook(lambda gpt, x, options, _: calls.append(gpt) if 'positions' in options else None,
                                   with_kwargs=True)
     got, again, valid = evaluation(1), evaluation(2), evaluation.held['answer_length'] > 0
-    assert got == again and (calls.count(policy), calls.count(method.reference)) == (4, 3)
+    assert got == again and (calls.count(policy), calls.count(method.start)) == (4, 3)
     log_p, ref = torch.zeros(2, *valid.shape)
     for g, k, prompt, answer in texts(evaluation.held):
         log_p[g, k], ref[g, k] = (slow_log_p(m, prompt, answer).sum() for m in (policy, reference))
@@ -565,11 +565,11 @@ def altered(name, source, **changes):
     (dict(init_from='out/toy_start'), 'no checkpoint ckpt_[*].pt in out/toy_start; make one with: python train.py'),
     (dict(init_from='reward'), 'init_from=reward is a reward model and has no policy'),
     (dict(init_from=dict(source='start', encoding=lambda _: 'gpt2')), 'trained on gpt2 tokens'),
-    (dict(method='ppo', reward_model='start'), 'reward_model=start is no reward model'),
+    (dict(method='ppo', reward_model='start'), 'reward_model=start is not a reward model'),
     (dict(method='ppo', reward_model={'source': 'reward', 'head.weight': torch.zeros_like}), 'is untrained'),
     (dict(method='distill', reward_model={
         'source': 'reward', 'model_config': lambda old: dict(old, block_size=40),
-        'gpt.transformer.wpe.weight': lambda w: w[:40].clone()}), 'reads 40 tokens, and the policy writes up to 80'),
+        'gpt.transformer.wpe.weight': lambda w: w[:40].clone()}), 'a block of 40 tokens, smaller than the policy.s 80'),
     (dict(groups_per_iteration=0, groups_per_step=1000), 'rankings, fewer than groups_per_step=1000')])
 def test_refusals_are_sentences_and_cost_nothing(tmp_path, changes, words):
     (tmp_path / 'run').mkdir()
@@ -603,13 +603,13 @@ def test_options_that_do_not_fit_are_refused():
     """Those of other methods, too, if asked for and not the default; the help names the methods that read an option."""
     for changes, words in ((dict(method='pdo'), "method='pdo' is not one of dpo, spin, distill, reward, ppo"),
                            (dict(max_answers=1), 'leaves nothing to rank'), (dict(moment_order=4), 'not one of 2, 3'),
-                           (dict(groups_per_iteration=10, groups_per_step=4), 'is no multiple of groups_per_step=4'),
+                           (dict(groups_per_iteration=10, groups_per_step=4), 'a multiple of groups_per_step=4'),
                            (dict(moment_order=3, answers_per_prompt=3), 'use 4 or more'),
-                           (dict(anchor_first=True), 'needs two opponents or more'), (dict(league='x'), 'not one of')):
+                           (dict(anchor_first=True), 'needs --opponents=2 or more'), (dict(league='x'), 'not one of')):
         assert words in ' '.join(preference.Config(**changes).check())
     cfg = config('run', 'ppo', margin_stop=1.0, beta=0.2, sft_weight=0.5)
     object.__setattr__(cfg, 'given', frozenset({'margin_stop', 'beta', 'opponents'}))
-    assert list(cfg.check()) == ['margin_stop has no effect in method=ppo; leave it out']
+    assert list(cfg.check()) == ['margin_stop has no effect with method=ppo; leave it out']
     help = dict(re.findall(r'^    (\w+): .*?# ([^:\n]*):', inspect.getsource(preference.Config), re.MULTILINE))
     for option in {option for method in preference.METHODS.values() for option in method.options}:
         assert preference.METHODS.keys() & set(re.findall(r'\w+', help[option])) == {
@@ -618,13 +618,13 @@ def test_options_that_do_not_fit_are_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 def test_the_host_does_not_wait_within_a_step(tmp_path, monkeypatch):
-    step_rows = preference.step_rows
+    step_prompts = preference.step_prompts
 
     def watched(lab, batch, iteration, update):
         torch.cuda.set_sync_debug_mode('error' if 3 <= update < 7 else 'default')
-        return step_rows(lab, batch, iteration, update)
+        return step_prompts(lab, batch, iteration, update)
 
-    monkeypatch.setattr(preference, 'step_rows', watched)
+    monkeypatch.setattr(preference, 'step_prompts', watched)
     try:
         preference.main(config(tmp_path / 'run', 'dpo', device='cuda', inner_epochs=4, iterations=1, log_interval=8,
                                eval_interval=8, sft_weight=0.1))

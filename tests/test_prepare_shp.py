@@ -188,8 +188,8 @@ def test_one_bad_answer_is_dropped_and_counted():
     meta, data = local(lines, max_bad_fraction=0.0)
     assert [meta['splits'][split]['posts'] for split in ('train', 'val', 'test')] == [54, 3, 3]
     assert meta['rows']['train'] == {'read': 60, 'kept': 60, **{f'answers dropped: {reason}': 10 for reason in (
-        'an answer is missing or null', 'an answer is empty', 'an answer is not text', 'an answer holds a NUL or half '
-        'a surrogate pair', 'an answer is longer than 262144 characters', 'a score is not a finite number')}}
+        'an answer is missing or null', 'an answer is empty', 'an answer is not text', 'an answer contains a NUL or '
+        'an unpaired surrogate', 'an answer is longer than 262144 characters', 'a score is not a finite number')}}
     for prompt, answers, scores in sum((ranked_texts(data.groups(x)) for x in ('train', 'val', 'test')), []):
         assert (answers, scores) == ((['best', 'good', 'worst'], [9, 7, 6]) if prompt[0] == 'q' else
                                      (['best', 'worst'], [9, 6]))
@@ -245,7 +245,7 @@ def test_filters():
     meta = prepare(Config(dataset='b', source='shp', encoding='bytes', min_score_ratio=2.0))
     high = sum(max(r['score_A'], r['score_B']) >= 2 * min(r['score_A'], r['score_B']) for r in rows['train'])
     assert meta['rows']['train']['kept'] == high == len(rows['train']) - meta['rows']['train']['below min_score_ratio']
-    with pytest.raises(Refusal, match='of domain askxx.*of domain'):
+    with pytest.raises(Refusal, match='of domain askxx.*excluded .domain'):
         prepare(Config(dataset='c', source='shp', encoding='bytes', domains=('askxx',)))
 
 
@@ -258,7 +258,7 @@ def test_cut_answers_have_no_end_of_text_and_equal_ones_are_lost():
     assert meta['splits']['train']['equal answers dropped'] == 52 and meta['splits']['train']['K=3'] == 26
     assert EOT not in documents.tokens
     _, data = local([dict(prompt=f'q{i}', responses=['same', ' same ']) for i in range(30)])
-    with pytest.raises(Refusal, match='no group'):
+    with pytest.raises(Refusal, match='no ranking with two'):
         pick_groups(data.groups('train'), 0, 0, 2)
 
 
@@ -286,18 +286,18 @@ BAD = {
     'prompt is not text': row(history=3),
     'an answer is not text': row(human_ref_B=3),
     'an answer is empty': row(human_ref_B=' \n\t'),
-    "not of its schema (KeyError: 'labels')": {key: value for key, value in row().items() if key != 'labels'},
-    'not of its schema (TypeError: \'>\' not supported between instances of \'int\' and \'NoneType\')':
+    "does not match its schema (KeyError: 'labels')": {key: value for key, value in row().items() if key != 'labels'},
+    'does not match its schema (TypeError: \'>\' not supported between instances of \'int\' and \'NoneType\')':
         row(score_B=None),
     'label contradicts scores or times': row(labels=-1),
-    'prompt holds a NUL or half a surrogate pair': row(history='a\0b'),
+    'prompt contains a NUL or an unpaired surrogate': row(history='a\0b'),
     'an answer is longer than 262144 characters': row(human_ref_A='x' * 30_000_000),
     'a score is not a finite number': row(score_A=float('inf')),
-    'it has fewer than two answers': dict(prompt='q', responses=['a']),
+    'fewer than two answers': dict(prompt='q', responses=['a']),
     'answers and scores are not lists of the same length': dict(prompt='q', responses='ab'),
     'scores rise from one response to the next': dict(prompt='q', responses=['a', 'b'], scores=[1, 2]),
     'prompt is missing or null': dict(chosen='a', rejected='b'),
-    'not a JSON object; write one object a line': [1, 2],
+    'not a JSON object; write one object per line': [1, 2],
 }
 
 
@@ -313,7 +313,7 @@ def test_bad_rows_are_counted_by_reason():
 
 def test_too_many_bad_rows_stop_everything():
     rows = [row(post_id=f'{i}', history=f'{i}') for i in range(30)]
-    with pytest.raises(Refusal, match=r'4 of 34 rows.*line 31: label contradicts scores or times; in all: 4 label'):
+    with pytest.raises(Refusal, match=r'4 of 34 rows.*line 31: label contradicts scores or times; in total: 4 label'):
         local(rows + [row(labels=2)] * 4)
     assert not Path('data').exists()
     local(rows + [row(labels=2)] * 3)
@@ -369,11 +369,11 @@ def test_other_options_and_missing_data_are_refused():
     with pytest.raises(Refusal, match=r'data/shp is missing; make it with: python prepare_shp.py --max_rows=9'):
         open_dataset(Config(max_rows=9))
     local([row(post_id=f'{i}', history=f'{i}') for i in range(30)], max_rows=20)
-    with pytest.raises(Refusal, match=r'split=post \(asked for: row\), max_rows=20 \(asked for: 0\)'):
+    with pytest.raises(Refusal, match=r'split=post \(requested: row\), max_rows=20 \(requested: 0\)'):
         open_dataset(Config(dataset='d', split='row'))
-    with pytest.raises(Refusal, match=r'encoding=bytes \(asked for: gpt2\)'):
+    with pytest.raises(Refusal, match=r'encoding=bytes \(requested: gpt2\)'):
         open_dataset(Config(dataset='d', encoding='gpt2', max_rows=20))
-    with pytest.raises(Refusal, match='source=rows.jsonl .asked for: toy'):
+    with pytest.raises(Refusal, match='source=rows.jsonl .requested: toy'):
         open_dataset(Config(dataset='d', source='toy', max_rows=20))
     assert open_dataset(Config(dataset='d', max_rows=20)).meta['vocab_size'] == 257
 

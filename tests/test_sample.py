@@ -46,8 +46,8 @@ def test_an_answer_without_end_is_marked(capsys, run):
 
 def test_a_long_post_leaves_room(capsys, run):
     out = printed(capsys, run, prompt='x' * 100 + ' Rusty kettle, help!')
-    assert 'the post has 124 tokens; its first 88 are left out' in out
-    assert 'left out' not in printed(capsys, run, prompt='x' * 32)
+    assert 'the post has 124 tokens; its first 88 are dropped' in out
+    assert 'dropped' not in printed(capsys, run, prompt='x' * 32)
 
 
 def test_prompt_files(capsys, run, tmp_path):
@@ -55,4 +55,4 @@ def test_prompt_files(capsys, run, tmp_path):
     file.write_text('\ufeffOne?\n\nTwo\u2028?\n')
     out = printed(capsys, run, prompt='', prompt_file=str(file))
     assert '\nOne?\nA:\n' in out and '\ufeff' not in out and out.count('\nA:\n') == 2
-    assert 'give a post' in ''.join(sample.Config(out_dir=run).check())
+    assert 'set exactly one of' in ''.join(sample.Config(out_dir=run).check())

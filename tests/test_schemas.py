@@ -109,7 +109,7 @@ def test_rows_of_ties_alone_are_counted():
 BAD = {
     'prompt is missing or null': dict(chosen=YES, rejected=NO),
     'prompt is null': dict(prompt=None, chosen='I think yes', rejected='I think no'),
-    'it has no prompt, and a column that may be it': dict(question='Hi?', chosen='I think yes', rejected='I think no'),
+    'it has no prompt, but a column that may be': dict(question='Hi?', chosen='I think yes', rejected='I think no'),
     'an answer is not text': dict(prompt='Hi?', chosen=[dict(role='assistant', content=None)], rejected=NO),
     'chosen and rejected part before the assistant answers': dict(
         chosen=[dict(role='system', content='s')] + ASKED + YES,
@@ -153,10 +153,10 @@ def test_options():
     for name in ('hf:stanfordnlp/SHP', 'hf:imdb', 'hf:a/b:c-d_1.0'):
         assert not list(Config(source=name, dataset='d', columns=('prompt:a', 'train:b:c')).check())
     for name in ('hf:', 'hf:../x', 'hf:a/b/c', 'hf:a b', 'hf:https://x.y'):
-        assert 'names no dataset of the Hub' in list(Config(source=name, dataset='d').check())[0]
+        assert 'is not a dataset of the Hub' in list(Config(source=name, dataset='d').check())[0]
     for pair in ('prompt', 'prompt:', 'promt:x', ':x'):
         assert 'is not OURS:THEIRS' in list(Config(columns=(pair,)).check())[0]
-    assert 'maps a split, which datasets of the Hub have; name the file train.jsonl' in list(
+    assert 'maps a split, which works for the Hub only; name the file train.jsonl' in list(
         Config(source='rows.jsonl', dataset='d', columns=('train:x',)).check())[0]
     assert '--dataset=NAME' in list(Config(source='hf:a/b').check())[0]
 
@@ -182,9 +182,9 @@ def test_the_hubs_splits_and_columns(monkeypatch):
 
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     cfg = Config(dataset='d', source='hf:owner/name:prefs', encoding='bytes')
-    with pytest.raises(Refusal, match='has no split train, but train_prefs, train_sft, test_prefs; say which'):
+    with pytest.raises(Refusal, match='has no split train, only train_prefs, train_sft, test_prefs; map them'):
         prepare(cfg)
-    with pytest.raises(Refusal, match='has no split dev, but'):
+    with pytest.raises(Refusal, match='has no split dev, only'):
         prepare(Config(**vars(cfg) | dict(columns=('train:train_prefs', 'validation:dev'))))
     meta = prepare(Config(**vars(cfg) | dict(columns=('train:train_prefs', 'test:test_prefs'))))
     assert meta['rows'] == {'train': {'read': 30, 'kept': 30}, 'test': {'read': 4, 'kept': 4}}
@@ -199,10 +199,10 @@ def test_what_the_hub_raises_is_a_sentence(monkeypatch):
 
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     for source, name in (('hub', 'stanfordnlp/SHP'), ('hf:a/b', 'a/b')):
-        with pytest.raises(Refusal, match=rf'{name} could not be had .*ConnectionError: no route \[2J.*--source=DIR'):
+        with pytest.raises(Refusal, match=rf'{name} could not be .*ConnectionError: no route \[2J.*--source=DIR'):
             prepare(Config(dataset='d', source=source, encoding='bytes'))
     monkeypatch.setattr(datasets, '__version__', '3.6.0')
-    with pytest.raises(Refusal, match='datasets 3.6.0 may run what a dataset brings'):
+    with pytest.raises(Refusal, match='datasets 3.6.0 may run code of a dataset'):
         prepare(Config(dataset='d', source='hf:a/b', encoding='bytes'))
     assert not Path('data').exists()
 

@@ -14,6 +14,7 @@ import configurator
 import evaluate
 import prepare_shp
 import preference
+import runs
 import sample
 import train
 from answers import ROW_TOKENS, cut_answers, make_batch, micro_batches, pack, rewards, select
@@ -37,7 +38,7 @@ def test_a_cold_sample_is_the_likeliest_token(temperature):
     (preference, ['--beta=0'], 'beta=0 makes all scores of method=dpo equal'),
     (preference, ['--sft_order=2'], 'sft_order has no effect without sft_weight'),
     (preference, ['--resume=True', '--out_dir=nowhere'], 'there is no run to resume in nowhere'),
-    (train, ['--epochs=2', '--max_iters=9'], 'max_iters has no effect beside epochs=2.0')])
+    (train, ['--epochs=2', '--max_iters=9'], 'max_iters has no effect with epochs=2.0')])
 def test_options_without_effect_are_refused(capsys, script, argv, words):
     with pytest.raises(SystemExit):
         configure(script.Config, argv)
@@ -55,7 +56,7 @@ def test_notes_say_what_options_mean(tmp_path, capsys):
     assert 'note: learning_rate=1e-05 stays constant' in out
     assert 'note: the whole run (1 steps) is warm-up' in out and '\nstep 1/1 ' in out
     preference.main(config(tmp_path / 'b', iterations=1, inner_epochs=1, max_iters=3, eval_samples=0, eval_groups=2))
-    assert 'note: max_iters=3, but iterations=1 end after 2' in capsys.readouterr().out
+    assert 'note: max_iters=3 is more than the 2 updates of all iterations' in capsys.readouterr().out
 
 
 def test_a_block_beyond_all_texts_is_refused(tmp_path):
@@ -89,7 +90,7 @@ def test_selfplay_counts_the_answers_that_it_cuts(tmp_path, capsys):
     lab, _ = a_run(tmp_path, 'spin')
     lab.groups['train'] = as_data(([1], [[2] * 21, [3]]), ([1], [[2] * 20, [3] * 30]))
     preference.SPIN(lab)
-    assert 'note: 1 of 2 best answers lose their end after max_new_tokens=20 tokens' in capsys.readouterr().out
+    assert 'note: 1 of 2 best answers are cut after max_new_tokens=20 tokens' in capsys.readouterr().out
 
 
 def test_commands_that_make_data_work_as_printed(tmp_path, monkeypatch):
@@ -102,7 +103,7 @@ def test_commands_that_make_data_work_as_printed(tmp_path, monkeypatch):
     for cfg in (asked, replace(asked, max_rows=3)):  # damaged; then made with other options
         with pytest.raises(Refusal) as refusal:
             prepare_shp.open_dataset(cfg)
-        _, script, *argv = shlex.split(re.search('make it anew: (.*)', str(refusal.value))[1])
+        _, script, *argv = shlex.split(re.search('make it again with: (.*)', str(refusal.value))[1])
         assert script == 'prepare_shp.py'
         prepare_shp.prepare(configure(prepare_shp.Config, argv))
         assert prepare_shp.open_dataset(cfg).meta['encoding'] == 'bytes'
@@ -136,8 +137,7 @@ def test_eta_counts_steps_collections_and_evaluations(tmp_path, monkeypatch, cap
             return act(*args, **kwargs)
         monkeypatch.setattr(place, name, wrapped)
 
-    for script in (train, preference):
-        monkeypatch.setattr(script, 'time', clock)
+    monkeypatch.setattr(runs, 'time', clock)
     slow(prepare_shp, 'lm_batch', 1)
     slow(train, 'evaluate', 100)
     slow(preference, 'accumulate', 1)

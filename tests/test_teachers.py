@@ -200,14 +200,14 @@ def test_held_out_prompts_get_their_own_answers_or_none(tmp_path, answered, caps
 @pytest.mark.parametrize('lines, words', [
     (['', '{"prompt": "a"}'], 'line 2: completion is missing or null'),
     (['[1]', 'rubbish'], 'line 1: not a JSON object; .*; line 2: not JSON'),
-    (['{"post_id": "a", "completion": "x", "ended": "no"}'], 'line 1: .* ended is neither true nor false'),
+    (['{"post_id": "a", "completion": "x", "ended": "no"}'], 'line 1: .* "ended" is neither true nor false'),
     (['{"post_id": "stranger", "completion": "x"}'],
-     r'no completion for (.*) of \1 prompts, for example id .*, and 1 for others. The prompts to complete are written'),
-    (['{"prompt": "a", "completion": "x"}'] * 3, r"line 3: a second completion of 'a\\nA:\\n'; keep one, say of one"),
+     r'no completion for (.*) of \1 prompts, for example id .*, and 1 for other prompts. To write the prompts'),
+    (['{"prompt": "a", "completion": "x"}'] * 3, r"line 3: a second completion of 'a\\nA:\\n'; keep one, for ex"),
     (['{"prompt_id": "a", "text": "a post", "generated_text": "x"}'], 'it has text and generated_text; keep the one'),
     (['{"prompt_id": "a", "generated_text": [{"role": "user", "content": "x"}]}'], 'does not end with the assistant'),
     (['{"custom_id": "a", "response": null, "error": "out of memory"}'] * 4,
-     r'\(5 problems\): .* line 1: its response does not hold one choice; ask again'),
+     r'\(5 problems\): .* line 1: its response does not have exactly one choice; rep'),
     ([], 'has no completion')])
 def test_completions_that_do_not_fit_are_refused(tmp_path, lines, words):
     path = tmp_path / 'written.jsonl'
@@ -224,8 +224,8 @@ def test_an_id_and_a_prompt_must_be_of_one(tmp_path):
     rows = [dict(prompt_id=group.id, prompt=post(group)[5:], completion=answer_to(group)) for group in train]
     rows.append(dict(prompt_id=train[3].id, prompt=post(held), completion=answer_to(held)))
     assert ask(run, write(tmp_path / 'a.jsonl', rows), [*train, held]) == [named(group) for group in [*train, held]]
-    for changes, words in ((dict(prompt=post(train[0])), 'line 2: its id and its prompt are of two prompts of train'),
-                           (dict(post_id=train[0].id), 'line 2: its ids are of two prompts of train')):
+    for changes, words in ((dict(prompt=post(train[0])), 'line 2: its id and its prompt belong to two prompts'),
+                           (dict(post_id=train[0].id), 'line 2: its ids belong to two prompts of train')):
         with pytest.raises(Refusal, match=words):
             ask(run, write(tmp_path / 'b.jsonl', [row | changes for row in rows]), train)
 

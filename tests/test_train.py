@@ -322,9 +322,9 @@ def test_a_run_names_its_data_truly(tmp_path):
     for n, source in enumerate(('hub', 'rows', str(Path('rows').resolve()))):  # hub is the default: not named
         train.main(config(tmp_path / f'{n}', source=source, max_iters=1))
         assert json.loads((tmp_path / f'{n}' / 'config.json').read_text())['source'] == 'rows'
-    with pytest.raises(Refusal, match=r'data/small was made with source=rows .asked for: elsewhere'):
+    with pytest.raises(Refusal, match=r'data/small was made with source=rows .requested: elsewhere'):
         train.main(config(tmp_path / 'x', source='elsewhere'))
-    with pytest.raises(Refusal, match=r'columns=\[\] .asked for: ..prompt:question'):
+    with pytest.raises(Refusal, match=r'columns=\[\] .requested: ..prompt:question'):
         train.main(config(tmp_path / 'x', columns=('prompt:question',)))
 
 

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import prepare_shp  # noqa: E402
+import runs  # noqa: E402
 import train  # noqa: E402
 from configurator import run  # noqa: E402
 from losses import linear_token_log_prob  # noqa: E402
@@ -45,10 +46,10 @@ def masked_batch(documents, cut, block_size, seed, step, *rest, rate):
 
 
 def averaging(decay):
-    """-> Updates and evaluate of train.py, with a moving average of the weights (Polyak & Juditsky 1992)."""
+    """-> runs.Updates and train.evaluate, with a moving average of the weights (Polyak & Juditsky 1992)."""
     models, evaluate = [], train.evaluate
 
-    class Averaging(train.Updates):
+    class Averaging(runs.Updates):
         def __init__(self, optimizers, modules, cfg, machine):
             super().__init__(optimizers, modules, cfg, machine)
             models.append(copy.deepcopy(modules[0]))
@@ -69,7 +70,7 @@ def main(cfg):
     if cfg.mask:
         prepare_shp.lm_batch = partial(masked_batch, rate=cfg.mask)
     if cfg.average:
-        train.Updates, train.evaluate = averaging(cfg.average)
+        runs.Updates, train.evaluate = averaging(cfg.average)
     train.main(cfg)
 
 
