@@ -28,7 +28,7 @@ class Panel(NamedTuple):
     unit: str
     metrics: dict         # name: (line style, meaning)
     baselines: dict = {}  # name of a metric of step 0, drawn as a horizontal line: label
-    limits: tuple = None  # of the y axis
+    limits: tuple = None  # of the y axis; (0, None) = from 0
     over: str = ''        # the metric of the x axis; '' = tokens or steps
 
 
@@ -49,10 +49,10 @@ PREFERENCE = [
     Panel('True quality over distance', 'mean over samples', {'true_quality': ('-', '')}, limits=(0, 1), over='kl'),
     Panel('Distance from the start', '√KL, √(nats per answer)', {'kl': ('-', '')}),
     Panel('Reward', 'mean over samples', {'reward': ('-', '')}),
-    Panel('Entropy', 'nats per token', {'entropy': ('-', '')}),
-    Panel('Length of answers', 'tokens', {'answer_length': ('-', '')}),
+    Panel('Entropy', 'nats per token', {'entropy': ('-', '')}, limits=(0, None)),
+    Panel('Length of answers', 'tokens', {'answer_length': ('-', '')}, limits=(0, None)),
     Panel('Answers that end', 'share', {'eot_rate': ('-', '')}, limits=(0, 1.03)),
-    Panel('Training loss', 'nats', {'loss': ('-', '')})]
+    Panel('Training loss', '', {'loss': ('-', '')})]
 STYLE = {'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
          'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888', 'axes.grid': True,
          'axes.labelcolor': '#555555', 'xtick.color': '#555555', 'ytick.color': '#555555', 'grid.color': '#e8e8e8',
@@ -184,7 +184,7 @@ def plot(out_dirs, path=''):
             if not panel.over:
                 ax.xaxis.set_major_formatter(EngFormatter(sep=''))
             if panel.limits:
-                ax.set_ylim(panel.limits)
+                ax.set_ylim(panel.limits[0], panel.limits[1] or 1.1 * ax.dataLim.y1)
                 continue
             compared = points_of[panel.title.split()[0]]
             ax.update_datalim(compared)

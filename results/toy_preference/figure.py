@@ -86,7 +86,7 @@ def picture(runs, path):
             ends = [evals[-1] for evals in runs[name].values()]
             dpo.plot([e['kl'] for e in ends], [e['true_quality'] for e in ends], 'osDv^Ph*'[i],
                      color=(plot.COLOURS * 2)[i], label=RUNS[name])
-        dpo.set(title='DPO: where its variants end', xlabel='KL to the start, nats an answer', ylabel='true quality')
+        dpo.set(title='DPO: quality over distance at the end', xlabel='KL to the start, nats per answer', ylabel='true quality')
         for ax, names, x, y in ((spin, ('spin-1', 'spin-2', 'spin-3', 'distill'), 'step', 'true_quality'),
                                 (ppo, ('ppo', 'ppo-n3', 'ppo-n3-bare', 'ppo-batch'), 'step', 'true_quality'),
                                 (reward, ('ppo', 'ppo-n3', 'ppo-n3-bare', 'ppo-batch'), 'kl', 'reward')):
@@ -96,8 +96,8 @@ def picture(runs, path):
                             label=RUNS[name] if seed == 0 else None)
             ax.set(xlabel='updates', ylabel='true quality')
         spin.set(title='Self-play and distillation')
-        ppo.set(title='PPO: what the judge says')
-        reward.set(title='PPO: what the reward model says', xlabel='KL to the start, nats an answer', ylabel='reward')
+        ppo.set(title='PPO: true quality')
+        reward.set(title='PPO: reward over distance', xlabel='KL to the start, nats per answer', ylabel='reward')
         for ax in (dpo, spin, ppo, reward):
             ax.legend(fontsize=8)
         figure.savefig(path)
