@@ -50,7 +50,3 @@ def test_memory_is_that_of_the_contender():
     plain, ours = (in_own_process(extra_memory, Config(batch_size=4, block_size=64), MACHINE, 'step', 64, name)
                    for name in ('nanoGPT-like, float32', 'train.py T_2, float32'))
     assert plain > ours + 2 * 256 * 50304 * 4 / 2 ** 20  # all logits, their log-softmax and their gradient
-
-
-def test_a_wrong_part_is_refused_by_name():
-    assert "parts: 'heads' is not one of head, step" in ''.join(Config(parts=('heads',)).check())
