@@ -61,10 +61,6 @@ def typed(script, *more, ranks=1, **options):
     return [sys.executable, *torchrun, str(ROOT / script), *(f'--{k}={v}' for k, v in options.items()), *more]
 
 
-def torchrun(ranks):
-    return ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--standalone'] if ranks > 1 else []
-
-
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory):
     """A working directory with small data split by post, the same split by row, a start, a teacher, a reward model."""
