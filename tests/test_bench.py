@@ -26,7 +26,8 @@ def test_contenders_of_the_head_have_the_same_loss():
 
 def test_contenders_of_a_preference_step_take_the_same_steps():
     torch.manual_seed(0)
-    plain, *others = results(bench.preference(Config(groups=2), MACHINE, 3, 20, 6), 'float32', calls=3).values()
+    contenders = bench.preference(Config(groups=2, shape=(1, 2, 32)), MACHINE, 3, 20, 6)
+    plain, *others = results(contenders, 'float32', calls=3).values()
     assert len(others) == 2 and plain[2] < plain[0] - 0.01
     for other in others:
         torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-3)

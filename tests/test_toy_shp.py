@@ -110,6 +110,6 @@ def test_tricks_earn_less_than_the_average_answer(rows):
     for trick in (lambda h: h, lambda h: '', every_good_answer, lambda h: ' '.join(sum(SLOTS, [])),
                   lambda h: f'Polish the {h.split()[1].strip(",")} with oil. ' * 5):
         assert mean_quality(held_out, trick) < average / 2
-    constant = max(mean_quality(held_out[::10], lambda h: f'{verb} the {thing} {means}')
+    constant = max(mean_quality(held_out[::20], lambda h: f'{verb} the {thing} {means}')
                    for _, thing in THINGS for _, _, verb, means in CURES)
     assert constant < average / 2
