@@ -186,7 +186,8 @@ def test_training_starts_from_it_and_resumes_without_it(tmp_path, foreign, monke
     train.main(train_config(tmp_path / 'whole', dropout=0.1, learning_rate=0.0, min_lr=0.0, max_iters=1))
     state = load_checkpoint(tmp_path / 'whole')
     assert state['model_config'] == asdict(GPTConfig(257, 32, 2, 4, 32, dropout=0.1))
-    assert all(torch.equal(w, state['model'][name]) for name, w in start_from(foreign, 32)['model'].items())
+    for name, w in start_from(foreign)['model'].items():
+        assert torch.equal(w[:32] if name == 'transformer.wpe.weight' else w, state['model'][name])
     train.main(train_config(tmp_path / 'whole', overwrite=True))
     train.main(train_config(tmp_path / 'cut', stop_step=5))
     monkeypatch.setattr(train, 'open_start', None)  # the start may be gone by then

@@ -330,7 +330,7 @@ def groups(rng, rows=60, K=16):
     x, y = normal(rng, rows, K), normal(rng, rows, K)
     return {'normal': x, 'right-skewed': x.exp(), 'left-skewed': -x.exp(), 'heavy tails': x / y,
             'uniform': x.erf(), 'bimodal': 0.1 * x + y.sign(), 'ties': x.round(), 'few': x[:, :4], 'eight': x[:, :8],
-            'many': torch.cat([x, y, x + y, x - y], 1), 'near pairs': torch.cat([x, x + 1e-14], 1),
+            'many': torch.cat([x, y, x + y, x - y], 1), 'near pairs': torch.cat([x[:, :6], x[:, :6] + 1e-15], 1),
             'offset': 1e3 + x, 'an outlier': torch.cat([x, 1e6 * y[:, :1].abs()], 1)}
 
 

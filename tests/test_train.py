@@ -101,7 +101,7 @@ def test_two_ranks_equal_one_and_hand_over(tmp_path):
 
     Nor does accumulation change them, in documents of unequal length, so that a mean of means would differ.
     """
-    options = dict(cut='examples', taylor_order=2, micro_batch_size=2, batch_size=7)
+    options = dict(cut='examples', block_size=80, taylor_order=2, micro_batch_size=2, batch_size=7)
     train.main(config(tmp_path / 'one', **{**options, 'micro_batch_size': 0}))
     train.main(config(tmp_path / 'two', stop_step=2, **options))
     succeed(command(tmp_path / 'two', '--resume=True', '--stop_step=10', ranks=2, **options))
