@@ -2,12 +2,14 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+import plot
 import prepare_shp
 import preference
 import runs
@@ -29,6 +31,7 @@ def pytest_configure(config):
     config.option.markexpr = config.option.markexpr or 'not soak'
 
 
+ROOT = Path(__file__).parent.parent
 DATASET = dict(dataset='small', source='rows', encoding='bytes')
 SMALL = dict(DATASET, init_from='start', groups_per_iteration=8, groups_per_step=4, inner_epochs=2, iterations=3,
              max_new_tokens=20, eval_interval=4, log_interval=1, eval_groups=12, eval_samples=6, warmup_iters=2,
@@ -39,24 +42,31 @@ METHODS = dict(dpo=dict(max_answers=3), spin=dict(opponents=2, margin_stop=0.0),
                ppo=dict(reward_model='reward', answers_per_prompt=4, moment_order=3))
 
 
+def write_rows(path, rows):
+    """A file of JSON lines."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return path
+
+
 def succeed(command):
     """Runs it; where it fails, its output is the message of the test."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, f'exit code {done.returncode}\n{done.stdout}'
 
 
-def torchrun(ranks):
-    return ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--standalone'] if ranks > 1 else []
+def typed(script, *more, ranks=1, **options):
+    """The command of a script with options, on some ranks."""
+    torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--standalone'] if ranks > 1 else []
+    return [sys.executable, *torchrun, str(ROOT / script), *(f'--{k}={v}' for k, v in options.items()), *more]
 
 
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory):
     """A working directory with small data split by post, the same split by row, a start, a teacher, a reward model."""
     path = tmp_path_factory.mktemp('work')
-    (path / 'rows').mkdir()
     for split, posts in dict(train=40, validation=12, test=6).items():
-        lines = (json.dumps(row) for row in toy_rows(split, posts, 0))
-        (path / 'rows' / f'{split}.json').write_text('\n'.join(lines) + '\n')
+        write_rows(path / 'rows' / f'{split}.json', toy_rows(split, posts, 0))
     here = os.getcwd()
     os.chdir(path)
     for options in (DATASET, dict(DATASET, dataset='leaky', split='row')):
@@ -64,7 +74,7 @@ def folder(tmp_path_factory):
     for name, seed in (('start', 0), ('teacher', 1)):
         train.main(train.Config(**DATASET, out_dir=name, seed=seed, device='cpu', n_layer=1, n_head=2, n_embd=32,
                                 block_size=80, cut='examples', batch_size=16, max_iters=40, learning_rate=1e-2,
-                                eval_interval=40, dropout=0.1))
+                                eval_interval=40, dropout=0.1, tie_weights=False))
     # of the test split the latest is the best, and so not the start
     options = dict(SMALL, method='reward', eval_split='test', **METHODS['reward'])
     preference.main(preference.Config(out_dir='reward', **options))
@@ -74,7 +84,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def work(folder, monkeypatch):
+    """In that directory; pictures of runs are empty files, for to draw one takes longer than a small run."""
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(plot.Figure, 'savefig', lambda *_, **__: None)
 
 
 def metrics(out_dir, event):

@@ -26,7 +26,8 @@ def test_contenders_of_the_head_have_the_same_loss():
 
 def test_contenders_of_a_preference_step_take_the_same_steps():
     torch.manual_seed(0)
-    plain, *others = results(bench.preference(Config(groups=2), MACHINE, 3, 20, 6), 'float32', calls=3).values()
+    contenders = bench.preference(Config(groups=2, shape=(1, 2, 32)), MACHINE, 3, 20, 6)
+    plain, *others = results(contenders, 'float32', calls=3).values()
     assert len(others) == 2 and plain[2] < plain[0] - 0.01
     for other in others:
         torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-3)
@@ -50,7 +51,3 @@ def test_memory_is_that_of_the_contender():
     plain, ours = (in_own_process(extra_memory, Config(batch_size=4, block_size=64), MACHINE, 'step', 64, name)
                    for name in ('nanoGPT-like, float32', 'train.py T_2, float32'))
     assert plain > ours + 2 * 256 * 50304 * 4 / 2 ** 20  # all logits, their log-softmax and their gradient
-
-
-def test_a_wrong_part_is_refused_by_name():
-    assert "parts: 'heads' is not one of head, step" in ''.join(Config(parts=('heads',)).check())

@@ -4,14 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import ROOT, write_rows
 from toy_shp import toy_rows
 
-ROOT = Path(__file__).parent.parent
 DATA = '--dataset=small --encoding=bytes --source=rows.jsonl'
 TRAIN = (f'train {DATA} --n_layer=1 --n_head=2 --n_embd=16 --block_size=80 --batch_size=8 --max_iters=6 --dropout=0.1 '
          '--eval_interval=3 --log_interval=1 --warmup_iters=2 --device=cpu')
@@ -43,7 +42,7 @@ def train_and_resume(folder, number, command, before='', after='', rows=()):
     text = (folder / name).read_text()
     assert text.count(old) == 1, old
     (folder / name).write_text(text.replace(old, new))
-    (folder / 'rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows or toy_rows('train', 60, 0)))
+    write_rows(folder / 'rows.jsonl', rows or toy_rows('train', 60, 0))
     commands = [f'prepare_shp {DATA}', before, f'{command} --out_dir=out/whole',
                 f'{command} --out_dir=out/stopped --stop_step=2',
                 f'{command.split()[0]} --out_dir=out/stopped --resume=True', after]

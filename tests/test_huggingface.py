@@ -2,12 +2,9 @@
 
 Where transformers is installed, against it too.
 """
-import importlib
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -18,7 +15,6 @@ import torch
 import answers
 import model
 import prepare_shp
-import preference
 import runs
 import sample
 import test_preference
@@ -144,18 +140,13 @@ def test_a_critic_leaves_beside_its_policy(tmp_path):
     assert not (out / 'scalar_head.safetensors').exists() and "subfolder='critic'" in (out / 'README.md').read_text()
 
 
-def test_the_card_tells_the_run_and_how_to_ask(tmp_path, capsys):
+def test_the_card_tells_the_run_and_how_to_ask(tmp_path):
     sample.main(sample.Config(out_dir='start', checkpoint='last', export_hf=str(tmp_path / 'out')))
-    assert f'start: last checkpoint, step 40\nwrote {tmp_path}/out' in capsys.readouterr().out
     card = (tmp_path / 'out' / 'README.md').read_text()
-    last = metrics('start', 'eval')[-1]
-    for text in (f'"val_ce": {last["val_ce"]}', 'pipeline_tag: text-generation', '"cut": "examples"', 'at step 40',
+    for text in (f'"val_ce": {metrics("start", "eval")[-1]["val_ce"]}', '"cut": "examples"', 'at step 40',
                  "prompt = post.strip() + '\\nA:\\n'"):
         assert text in card
-    assert 'Taylor loss' not in card and 'without biases' not in card
-    card = (exported(tmp_path / 'other', a_gpt(bias=False), config=dict(taylor_order=2)) / 'README.md').read_text()
-    assert 'Taylor loss T_2' in card and 'without biases' in card
-    options = json.loads((tmp_path / 'other' / 'generation_config.json').read_text())
+    options = json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
     assert options | dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) == options  # as sample.py does
 
 
@@ -166,8 +157,7 @@ class Gated(model.Block):
 
 
 @pytest.mark.parametrize('place, fork, words', [
-    (model.F, dict(gelu=lambda x, approximate: x.relu() ** 2), 'its logits on random tokens differ'),
-    (model.GPT, dict(logits=lambda self, hidden: 0.1 * torch.tanh(10 * self.lm_head(hidden))), 'its logits'),
+    (model.GPT, dict(logits=lambda self, hidden: 0.1 * torch.tanh(10 * self.lm_head(hidden))), 'its logits on random'),
     (model, dict(Block=Gated), r'its weights \(transformer.h.0.gate\) differ')])
 def test_a_forked_architecture_is_refused(tmp_path, monkeypatch, place, fork, words):
     for name, replacement in fork.items():
@@ -184,9 +174,6 @@ def test_a_forked_architecture_is_refused(tmp_path, monkeypatch, place, fork, wo
 # Runs that start from elsewhere -------------------------------------------------------------------------------------
 
 
-STILL = dict(learning_rate=0.0, min_lr=0.0, weight_decay=0.0, max_iters=1)  # a run that changes no weight
-
-
 def train_config(out, **changes):
     return test_train.config(out, **{**dict(init_from='foreign', block_size=32), **changes})
 
@@ -197,10 +184,11 @@ def foreign(folder):
 
 
 def test_training_starts_from_it_and_resumes_without_it(tmp_path, foreign, monkeypatch):
-    train.main(train_config(tmp_path / 'whole', dropout=0.1, **STILL))
+    train.main(train_config(tmp_path / 'whole', dropout=0.1, learning_rate=0.0, min_lr=0.0, max_iters=1))
     state = load_checkpoint(tmp_path / 'whole')
     assert state['model_config'] == asdict(GPTConfig(257, 32, 2, 4, 32, dropout=0.1))
-    assert all(torch.equal(w, state['model'][name]) for name, w in start_from(foreign, 32)['model'].items())
+    for name, w in start_from(foreign)['model'].items():
+        assert torch.equal(w[:32] if name == 'transformer.wpe.weight' else w, state['model'][name])
     train.main(train_config(tmp_path / 'whole', overwrite=True))
     train.main(train_config(tmp_path / 'cut', stop_step=5))
     monkeypatch.setattr(runs, 'open_start', None)  # the start may be gone by then
@@ -208,14 +196,6 @@ def test_training_starts_from_it_and_resumes_without_it(tmp_path, foreign, monke
     assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
     with pytest.raises(Refusal, match='init_from is foreign in the checkpoint, start here'):
         train.main(train_config(tmp_path / 'cut', resume=True, init_from='start'))
-
-
-def test_preferences_start_from_it_cropped(tmp_path, foreign):
-    changes = dict(init_from='foreign', block_size=60, iterations=2, max_new_tokens=20)
-    preference.main(test_preference.config(tmp_path / 'run', 'spin', stop_step=1, **changes))
-    assert load_checkpoint(tmp_path / 'run')['model_config']['block_size'] == 60
-    start, kept = start_from(foreign, 60)['model'], load_checkpoint(tmp_path / 'run' / 'selves' / '0000.pt')['model']
-    assert all(torch.equal(w, start[name]) for name, w in kept.items())
 
 
 def test_names_are_fetched_or_refused(tmp_path, monkeypatch):
@@ -257,30 +237,19 @@ def with_weights(change_weights):
     return change
 
 
-def with_file(name, content):
-    def change(out):
-        (out / 'model.safetensors').unlink()
-        (out / name).write_text(content)
-    return change
-
-
 def swapped_tokens(out):
     text = (out / 'tokenizer.json').read_text()
     (out / 'tokenizer.json').write_text(text.replace('"a": 97', '"a": 98').replace('"b": 98', '"b": 97'))
 
 
 @pytest.mark.parametrize('change, words', [
-    (with_config(model_type='llama'), "model_type='llama' in config.json is not supported"),
     (with_config(activation_function='relu'), "activation_function='relu' .* only 'gelu_new'"),
     (with_config(n_layer=2), 'lacks the weight transformer.h.1.attn.c_attn.bias; only GPT2LMHead'),
     (with_config(n_positions=40), r'wpe.weight has shape \(48, 16\), but config.json requires \(40, 16\)'),
-    (with_config(tie_word_embeddings=False), 'lacks the weight lm_head.weight;'),
     (with_weights(lambda w: w.update({'score.weight': torch.ones(2)})), 'has the additional weight transformer.sco'),
     (with_weights(lambda w: w.update({'lm_head.weight': w[WTE] + 1})), 'has a lm_head.weight of its own'),
-    (with_weights(lambda w: w.update({FC: w[FC].T})), rf'{FC} has shape \(64, 16\)'),
     (with_weights(lambda w: w[FC].fill_(math.nan)), f'{FC} has values that are not finite'),
-    (with_file('model.safetensors', 'junk'), 'model.safetensors cannot be read'),
-    (with_file('model.safetensors.index.json', '{"weight_map": {"a": "b.safetensors"}}'), 'b.safetensors cannot be '),
+    (lambda out: (out / 'model.safetensors').write_text('junk'), 'model.safetensors cannot be read'),
     (lambda out: (out / 'config.json').write_text('{'), 'there is no checkpoint'),
     (swapped_tokens, "the tokenizer in .* is not the data's, bytes: 'a' is not its token 97")])
 def test_what_is_no_start_is_refused_by_name(tmp_path, change, words):
@@ -291,9 +260,6 @@ def test_what_is_no_start_is_refused_by_name(tmp_path, change, words):
 
 
 def test_an_export_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    process = subprocess.Popen(['true'])
-    process.wait()
-    (tmp_path / f'.out.tmp-{process.pid}').mkdir()  # of one that was killed
     exported(tmp_path / 'out')
     with pytest.raises(Refusal, match='out exists; name a new folder'):
         exported(tmp_path / 'out')
@@ -301,12 +267,6 @@ def test_an_export_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(Refusal, match='could not be written .*No such file'):
         exported(tmp_path / 'other')
     assert [path.name for path in tmp_path.iterdir()] == ['out']
-
-
-def test_it_asks_for_safetensors(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'safetensors', None)
-    with pytest.raises(Refusal, match='pip install safetensors'):
-        importlib.reload(huggingface)
 
 
 def test_vocabulary_and_merges(tmp_path):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import (gae, implicit_reward, linear_loss, linear_token_log_prob, link_order, loss_name, masked_mean,
-                    plackett_luce_log_prob, plackett_luce_loss, ppo_policy_loss, ppo_value_loss, renormalize_reward,
-                    slope_of, taylor_link, taylor_loss, token_log_prob)
+from losses import (gae, linear_loss, linear_token_log_prob, link_order, loss_name, masked_mean, plackett_luce_log_prob,
+                    plackett_luce_loss, ppo_policy_loss, ppo_value_loss, renormalize_reward, taylor_link,
+                    taylor_loss, token_log_prob)
 
 ORDERS = range(5)
 NAN, INF = float('nan'), float('inf')
@@ -35,7 +35,7 @@ def series(q, n, terms=4000):
 
 
 def relative_error(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+    return ((a.cpu().double() - b.double()).norm() / b.double().norm()).item()
 
 
 @pytest.mark.parametrize('n', [*ORDERS, 9])
@@ -54,8 +54,6 @@ def test_gradient_is_minus_q_to_the_n(n):
     log_p = (-torch.logspace(-5, 4, 200, dtype=torch.float64)).requires_grad_()
     taylor_loss(log_p, n).sum().backward()
     torch.testing.assert_close(log_p.grad, -(-torch.expm1(log_p.detach())) ** n, rtol=1e-12, atol=0)
-    x = torch.tensor([-0.01, -0.3, -2.0, -9.0], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: taylor_loss(x, n), x)
 
 
 def test_certain_impossible_and_hopeless_tokens():
@@ -108,16 +106,22 @@ def test_link_against_its_definition_and_its_edges():
 
 # head and loss together ----------------------------------------------------------------------------------------------
 
-V, PADDED, C, N = 300, 320, 16, 37
+V, PADDED, C, N = 300, 320, 16, 21
 
 
-def head_case(dtype, scale=1.0, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    hidden = (torch.randn(N, C, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
-    weight = torch.randn(PADDED, C, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+@pytest.fixture
+def device():
+    """That of the head. test_kernels.py has another, for it imports some of these tests."""
+    return 'cpu'
+
+
+def head_case(dtype, scale=1.0, device='cpu'):
+    g = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(N, C, generator=g, dtype=torch.float64) * scale).to(device, dtype).requires_grad_()
+    weight = torch.randn(PADDED, C, generator=g, dtype=torch.float64).to(device, dtype).requires_grad_()
     targets = torch.randint(V, (N,), generator=g)
     targets[::5] = -1
-    return hidden, weight, targets
+    return hidden, weight, targets.to(device)
 
 
 @pytest.fixture
@@ -134,9 +138,9 @@ def plain_logits(h, w, dtype):
 
 
 def plain_head(hidden, weight, targets, loss):
-    """The same in float64 with every logit in memory."""
-    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    log_p = token_log_prob(plain_logits(h, w, hidden.dtype), targets)[targets >= 0]
+    """The same on the CPU in float64, with every logit in memory."""
+    h, w = (x.detach().cpu().double().requires_grad_() for x in (hidden, weight))
+    log_p = token_log_prob(plain_logits(h, w, hidden.dtype), targets.cpu())[targets.cpu() >= 0]
     total = loss(log_p).sum()
     return total, *torch.autograd.grad(total, (h, w)), log_p
 
@@ -152,8 +156,8 @@ LOSSES = {**{f'T_{n}': partial(taylor_loss, n=n) for n in ORDERS}, 'focal': foca
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 8e-3),
                                               (torch.float16, 1e-3)])
 @pytest.mark.parametrize('scale', [0.1, 3.0])
-def test_fused_head_equals_the_plain_one(name, dtype, tolerance, scale, chunks_of_8):
-    hidden, weight, targets = head_case(dtype, scale)
+def test_fused_head_equals_the_plain_one(name, dtype, tolerance, scale, chunks_of_8, device):
+    hidden, weight, targets = head_case(dtype, scale, device)
     total, log_p = linear_loss(hidden, weight, targets, LOSSES[name], vocab_size=V)
     plain_total, grad_hidden, grad_weight, plain_log_p = plain_head(hidden, weight, targets, LOSSES[name])
     grads = torch.autograd.grad(3 * total, (hidden, weight))
@@ -202,30 +206,17 @@ def test_a_probability_below_the_smallest_number_keeps_its_logarithm(dtype, tole
         assert relative_error(grad[:, 0], torch.tensor([-2.0, 0.0])) < tolerance
 
 
-def test_the_head_beside_a_compiled_model():
-    hidden, weight, targets = head_case(torch.float32)
-
-    def both(hidden, weight):
-        hidden = torch.tanh(hidden)
-        return (linear_loss(hidden, weight, targets, LOSSES['T_2'], V)[0]
-                + linear_token_log_prob(hidden, weight, targets, V).sum())
-    compiled = torch.compile(both, backend='eager')
-    for a, b in zip(torch.autograd.grad(both(hidden, weight), (hidden, weight)),
-                    torch.autograd.grad(compiled(hidden, weight), (hidden, weight))):
-        torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize('rows', [0, N])
-def test_no_target_is_a_loss_of_zero_with_gradients_of_zero(rows):
-    hidden, weight, _ = head_case(torch.float32)
-    nothing = torch.full((rows,), -1)
+def test_no_target_is_a_loss_of_zero_with_gradients_of_zero(rows, device):
+    hidden, weight, _ = head_case(torch.float32, device=device)
+    nothing = torch.full((rows,), -1, device=device)
     for output in (linear_loss(hidden[:rows], weight, nothing, LOSSES['T_2'])[0],
                    linear_token_log_prob(hidden[:rows], weight, nothing).sum()):
         assert output == 0 and all(g.eq(0).all() for g in torch.autograd.grad(output, (hidden, weight)))
 
 
-def test_a_nan_reaches_the_gradient():
-    hidden, weight, targets = head_case(torch.float32)
+def test_a_nan_reaches_the_gradient(device):
+    hidden, weight, targets = head_case(torch.float32, device=device)
     hidden.data[1] = torch.nan
     total, _ = linear_loss(hidden, weight, targets, LOSSES['T_2'], V)
     assert total.isnan() and torch.autograd.grad(total, weight)[0].isnan().any()
@@ -242,11 +233,8 @@ def test_no_gradient_is_made_that_is_not_wanted():
             assert not function(hidden, weight).requires_grad
 
 
-@pytest.mark.parametrize('device', ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu'])
 def test_autocast_runs_products_in_bfloat16_and_returns_float32_gradients(device):
-    hidden, weight, targets = (x.detach().to(device) for x in head_case(torch.float32))
-    for x in (hidden, weight):
-        x.requires_grad_()
+    hidden, weight, targets = head_case(torch.float32, device=device)
     for function in (lambda h, w: linear_loss(h, w, targets, LOSSES['T_0'], V)[0],
                      lambda h, w: -linear_token_log_prob(h, w, targets, V).sum()):
         exact = function(hidden, weight)
@@ -254,23 +242,23 @@ def test_autocast_runs_products_in_bfloat16_and_returns_float32_gradients(device
             half = function(hidden, weight)
         torch.testing.assert_close(half, function(hidden.bfloat16(), weight.bfloat16()))
         for a, b in zip(torch.autograd.grad(half, (hidden, weight)), torch.autograd.grad(exact, (hidden, weight))):
-            assert a.dtype == torch.float32 and relative_error(a, b) < 5e-2
+            assert a.dtype == torch.float32 and relative_error(a, b.cpu()) < 5e-2
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 8e-3),
                                               (torch.float16, 1e-3)])
 @pytest.mark.parametrize('rows', [8, N])  # made again for the backward pass, kept for it
-def test_linear_token_log_prob_for_any_upstream_gradient(dtype, tolerance, rows, monkeypatch):
+def test_linear_token_log_prob_for_any_upstream_gradient(dtype, tolerance, rows, monkeypatch, device):
     monkeypatch.setattr(losses, 'chunk_rows', lambda *_: rows)
-    hidden, weight, targets = head_case(dtype)
+    hidden, weight, targets = head_case(dtype, device=device)
     upstream = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours = linear_token_log_prob(hidden, weight, targets, V)
-    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    plain = token_log_prob(plain_logits(h, w, dtype), targets)
+    h, w = (x.detach().cpu().double().requires_grad_() for x in (hidden, weight))
+    plain = token_log_prob(plain_logits(h, w, dtype), targets.cpu())
     assert relative_error(ours, plain) < tolerance and ours[targets < 0].eq(0).all()
     exact = torch.autograd.grad(plain, (h, w), upstream)
     for _ in range(2):  # a second backward pass through the same graph gives the same
-        for a, b in zip(torch.autograd.grad(ours, (hidden, weight), upstream.to(ours.dtype), retain_graph=True), exact):
+        for a, b in zip(torch.autograd.grad(ours, (hidden, weight), upstream.to(ours), retain_graph=True), exact):
             assert relative_error(a, b) < tolerance
 
 
@@ -286,8 +274,6 @@ def test_a_loss_has_a_name_and_perhaps_a_link():
     square = lambda log_p: log_p ** 2  # noqa: E731
     assert loss_name(square) == 'lambda log_p: log_p ** 2'
     assert [link_order(LOSSES[name]) for name in ('T_0', 'T_2', 'focal')] == [0, 2, 0]
-    value, slope = slope_of(LOSSES['T_2'], torch.tensor([-0.5, -3.0]))
-    torch.testing.assert_close(slope, -(-torch.tensor([-0.5, -3.0]).expm1()) ** 2)
 
 
 # Rankings -------------------------------------------------------------------------------------------------------------
@@ -324,17 +310,6 @@ def test_ragged_equals_separate_and_padding_is_dead(n, top, junk, dtype, rng):
     assert loss[1] == 0 and loss[-1] == 0 and (scores.grad[1] == 0).all()
 
 
-def test_implicit_reward_is_the_tempered_log_ratio():
-    assert implicit_reward(torch.tensor(-3.0), torch.tensor(-5.0), 0.5) == 1
-
-
-@pytest.mark.parametrize('n', [0, 1, 2])
-def test_start_value(n):
-    start = plackett_luce_loss(torch.full((5,), 7.0).double(), n).item()
-    expected = sum(math.log(m) - sum((1 - 1 / m) ** k / k for k in range(1, n + 1)) for m in range(2, 6))
-    assert start == pytest.approx(expected) and (n or start == pytest.approx(math.log(120)))
-
-
 @pytest.mark.parametrize('n', [0, 1, 2])
 @pytest.mark.parametrize('K', [2, 3, 5])
 def test_all_orders_sum_to_one(K, n, rng):
@@ -355,7 +330,7 @@ def groups(rng, rows=60, K=16):
     x, y = normal(rng, rows, K), normal(rng, rows, K)
     return {'normal': x, 'right-skewed': x.exp(), 'left-skewed': -x.exp(), 'heavy tails': x / y,
             'uniform': x.erf(), 'bimodal': 0.1 * x + y.sign(), 'ties': x.round(), 'few': x[:, :4], 'eight': x[:, :8],
-            'many': torch.cat([x, y, x + y, x - y], 1), 'near pairs': torch.cat([x, x + 1e-9], 1),
+            'many': torch.cat([x, y, x + y, x - y], 1), 'near pairs': torch.cat([x[:, :6], x[:, :6] + 1e-15], 1),
             'offset': 1e3 + x, 'an outlier': torch.cat([x, 1e6 * y[:, :1].abs()], 1)}
 
 
@@ -364,11 +339,6 @@ KINDS = list(groups(torch.Generator().manual_seed(0), 1))
 
 def moment(x, k):
     return (x ** k).mean(-1)
-
-
-def assert_same_order(R, reward):
-    """Strictly: greater where greater, equal where equal."""
-    assert torch.equal((R[:, :, None] - R[:, None]).sign(), (reward[:, :, None] - reward[:, None]).sign())
 
 
 def basis_of(r):
@@ -409,7 +379,7 @@ def test_three_moments(kind, monotone, rng):
     torch.testing.assert_close(residual, (moment(R, 3) - 1).abs(), rtol=0, atol=1e-10)
     assert (residual[exact] < 1e-10).all() and (residual[~exact] > 1e-8).all()
     if monotone:
-        assert_same_order(R, reward)
+        assert torch.equal(*((x[:, :, None] - x[:, None]).sign() for x in (R, reward)))  # greater where greater
         steps, whitened = (x.gather(1, reward.argsort()).diff() for x in (R, renormalize_reward(reward).reward))
         assert (steps >= 0.01 * whitened - 1e-13).all()
 
@@ -451,12 +421,6 @@ def test_no_spread(kw):
         assert (R[0] == 0).all() and not exact[0] and R[1].std() > 0.5
 
 
-def test_near_duplicates_keep_their_order(rng):
-    x = normal(rng, 500, 6)
-    reward = torch.cat([x, x[:, :2] + 1e-14], 1)
-    assert_same_order(renormalize_reward(reward, 3).reward, reward)
-
-
 @pytest.mark.parametrize('kw', KEYWORDS)
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64])
 def test_dtype_shape_and_no_gradient(dtype, kw, rng):
@@ -478,12 +442,6 @@ def test_a_nan_stays_in_its_group(value, kw, rng):
     assert R[1].isnan().all() and residual[1].isnan() and not exact[1]
     for mine, other in zip((R, residual, exact), clean):
         assert torch.equal(mine[[0, 2]], other[[0, 2]])
-
-
-@pytest.mark.parametrize('n, words', [(4, r'E\[R\^4\] >= 2'), (1, 'n = 2 and n = 3 only, but got n=1')])
-def test_impossible_moments_are_refused(n, words):
-    with pytest.raises(ValueError, match=words):
-        renormalize_reward(torch.randn(2, 8), n)
 
 
 # Policies -------------------------------------------------------------------------------------------------------------
@@ -520,21 +478,15 @@ def test_masked_mean(rng):
     assert masked_mean(x, torch.zeros_like(mask)) == 0
 
 
-def assert_loss_and_slope(function, x, others, loss, slope):
+@pytest.mark.parametrize('function, x, others, loss, slope', [
+    # ratios of 1/2, 1 and 2 at advantages of 2 and -3: where the clip of 0.2 binds there is no slope
+    (ppo_policy_loss, [math.log(ratio) - 5 for ratio in [0.5, 1, 2] * 2], ([-5.0] * 6, [2.0] * 3 + [-3.0] * 3),
+     [-1, -2, -2.4, 2.4, 3, 6], [-1, -2, 0, 0, 3, 6]),
+    # from an old value of 1, within the clip and beyond it, away from the return and towards it
+    (ppo_value_loss, [1.1, 2, 2, 0, 0], ([1.0] * 5, [2.0, 3, 0, -1, 2]),
+     [0.405, 1.62, 2, 1.62, 2], [-0.9, 0, 2, 0, -2])])
+def test_clipped_losses(function, x, others, loss, slope):
     x, *others, loss, slope = (torch.tensor(y, dtype=torch.float64) for y in (x, *others, loss, slope))
     found = function(x.requires_grad_(), *others, clip=0.2)
     torch.testing.assert_close(found, loss)
     torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], slope)
-
-
-def test_policy_loss():
-    """Ratios of 1/2, 1 and 2 at advantages of 2 and -3: where the clip of 0.2 binds there is no slope."""
-    ratio = [0.5, 1, 2] * 2
-    assert_loss_and_slope(ppo_policy_loss, [math.log(x) - 5 for x in ratio], ([-5.0] * 6, [2.0] * 3 + [-3.0] * 3),
-                          loss=[-1, -2, -2.4, 2.4, 3, 6], slope=[-1, -2, 0, 0, 3, 6])
-
-
-def test_value_loss():
-    """From an old value of 1, within the clip and beyond it, away from the return and towards it."""
-    assert_loss_and_slope(ppo_value_loss, [1.1, 2, 2, 0, 0], ([1.0] * 5, [2.0, 3, 0, -1, 2]),
-                          loss=[0.405, 1.62, 2, 1.62, 2], slope=[-0.9, 0, 2, 0, -2])

@@ -19,19 +19,18 @@ def write_run(folder, events, **config):
     return folder
 
 
-def train_events(points=100, level=1.0, link=None):
-    for step in range(1, points + 1):
+def train_events(level=1.0):
+    for step in range(1, 101):
         ce = level + 4 * math.exp(-step / 9)
         yield dict(event='train', step=step, tokens=4096 * step, seconds=step, train_loss=ce, train_ce=ce)
         if step % 20 == 0:
-            of_link = {} if link is None else dict(val_ce_link=ce - link)
-            yield dict(event='eval', step=step, tokens=4096 * step, seconds=step, val_ce=ce, **of_link)
+            yield dict(event='eval', step=step, tokens=4096 * step, seconds=step, val_ce=ce)
 
 
-def preference_events(gain=0.1, **more):
+def preference_events(**more):
     for step in range(5):
         yield dict(event='train', step=step, tokens=9 * step, seconds=step, iteration=step, loss=0.7, lr=1e-4)
-        yield dict(event='eval', step=step, tokens=9 * step, seconds=step, rank_accuracy=0.5 + gain * step, **more)
+        yield dict(event='eval', step=step, tokens=9 * step, seconds=step, rank_accuracy=0.5 + 0.1 * step, **more)
 
 
 def pixels(path, colour):
@@ -79,10 +78,8 @@ def test_one_curve_a_run(tmp_path, capsys):
 def test_preference_run(tmp_path, monkeypatch):
     """A panel for each metric present; the KL as its square root, where an estimate of 0 may be below it."""
     few = plot([write_run(tmp_path / 'dpo', preference_events())])
-    many = plot([write_run(tmp_path / 'ppo', preference_events(0.05, kl=1.0, entropy=1.0, margin=0.5, reward=2.0))])
+    many = plot([write_run(tmp_path / 'ppo', preference_events(kl=1.0, entropy=1.0, margin=0.5, reward=2.0))])
     assert few == tmp_path / 'dpo/preference.png' and mpl_image.imread(many).shape > mpl_image.imread(few).shape
-    both = plot([tmp_path / 'dpo', tmp_path / 'ppo'], tmp_path / 'both.png')
-    assert pixels(both, COLOURS[0]) > 500 and pixels(both, COLOURS[1]) > 500
     drawn = []
     monkeypatch.setattr('plot.draw', lambda ax, curves: drawn.extend(points for points, _, _ in curves))
     plot([write_run(tmp_path / 'kl', [dict(event='eval', step=i, rank_accuracy=0.5, kl=kl)
@@ -90,16 +87,18 @@ def test_preference_run(tmp_path, monkeypatch):
     assert [(0, 0.0), (1, 2.0), (2, 3.0)] in drawn
 
 
-@pytest.mark.parametrize('end', [b'{"event": "train", "st', b'\0' * 40])
-def test_a_broken_last_line_is_left_out(tmp_path, capsys, end):
+def test_a_broken_line_is_left_out(tmp_path, capsys):
+    """In silence where it is the last, for a run that is killed leaves such a line."""
     run = write_run(tmp_path / 'a', train_events())
-    with open(run / 'metrics.jsonl', 'ab') as f:
-        f.write(end)
-    assert read_metrics(run) == list(train_events())
-    assert not capsys.readouterr().out  # a run that is killed leaves such a line
+    sound = (run / 'metrics.jsonl').read_bytes()
+    for end in (b'{"event": "train", "st', b'\0' * 40):
+        (run / 'metrics.jsonl').write_bytes(sound + end)
+        assert read_metrics(run) == list(train_events()) and not capsys.readouterr().out
+    (run / 'metrics.jsonl').write_bytes(b'{"event": "train", "st\n' + sound)
+    assert read_metrics(run) == list(train_events()) and 'line 1 of' in capsys.readouterr().out
 
 
-def test_refusals_leave_the_old_picture(tmp_path, capsys):
+def test_refusals_leave_the_old_picture(tmp_path):
     a, p = write_run(tmp_path / 'a', train_events()), write_run(tmp_path / 'p', preference_events())
     empty = write_run(tmp_path / 'empty', [])
     nothing = write_run(tmp_path / 'nothing', [dict(event='train', step=1, tokens=1, train_ce=math.nan)])
@@ -112,7 +111,3 @@ def test_refusals_leave_the_old_picture(tmp_path, capsys):
         with pytest.raises(Refusal, match=words):
             plot(runs, path)
     assert (a / 'loss.png').read_bytes() == old
-    lines = (a / 'metrics.jsonl').read_text().splitlines()
-    (a / 'metrics.jsonl').write_text('\n'.join([lines[0], lines[1][:20], lines[2]]))
-    assert len(read_metrics(a)) == 2  # all but that line
-    assert 'line 2 of' in capsys.readouterr().out

@@ -7,9 +7,10 @@ import pytest
 
 import prepare_shp
 from configurator import Refusal
+from conftest import write_rows
 from extras import schemas
 from prepare_shp import Config, open_dataset, prepare, render
-from test_prepare_shp import local, ranked_texts, work, write  # noqa: F401, work: a fixture
+from test_prepare_shp import local, ranked_texts, work  # noqa: F401, work: a fixture
 
 
 def talk(*turns):
@@ -107,7 +108,6 @@ def test_rows_of_ties_alone_are_counted():
 
 
 BAD = {
-    'prompt is missing or null': dict(chosen=YES, rejected=NO),
     'prompt is null': dict(prompt=None, chosen='I think yes', rejected='I think no'),
     'it has no prompt, but a column that may be': dict(question='Hi?', chosen='I think yes', rejected='I think no'),
     'an answer is not text': dict(prompt='Hi?', chosen=[dict(role='assistant', content=None)], rejected=NO),
@@ -119,26 +119,19 @@ BAD = {
     'no column answer or response in its answers': dict(prompt='Hi?', answers=[dict(text='a', rank=1)] * 2),
     'no column score or overall_score or fine-grained_score or rank in its answers':
         dict(prompt='Hi?', answers=[dict(answer='a'), dict(answer='b')]),
-    'a score is not a finite number': dict(prompt='Hi?', answers=[dict(answer='a', rank='1'),
-                                                                  dict(answer='b', rank=2)]),
+    'no column promt': dict(chosen='I say yes', rejected='I say no'),
+    'no column rating': dict(prompt='q', responses=['a', 'b']),
+    'fine_grained_score in its answers': ULTRA,
 }
+COLUMNS = {'no column promt': dict(prompt='promt'), 'no column rating': dict(scores='rating'),
+           'fine_grained_score in its answers': dict(score='fine_grained_score')}
 
 
 @pytest.mark.parametrize('reason', BAD)
 def test_what_does_not_fit_is_refused(reason):
+    """A column that is mapped and not there is no other one."""
     with pytest.raises(ValueError, match=reason):
-        prepare_shp.read(BAD[reason], 'f:1')
-
-
-@pytest.mark.parametrize('columns, row, lost', [
-    (dict(score='fine_grained_score'), dict(prompt='q', answers=[
-        {'answer': a, 'overall_score': s, 'fine-grained_score': -s} for a, s in (('a', 1), ('b', 2))]),
-     'fine_grained_score in its answers'),
-    (dict(prompt='promt'), dict(chosen='I say yes', rejected='I say no'), 'no column promt'),
-    (dict(scores='rating'), dict(prompt='q', responses=['a', 'b']), 'no column rating')])
-def test_a_mapped_column_that_is_not_there_is_no_other(columns, row, lost):
-    with pytest.raises(ValueError, match=lost):
-        prepare_shp.read(row, 'f:1', columns)
+        prepare_shp.read(BAD[reason], 'f:1', COLUMNS.get(reason, {}))
 
 
 def test_prompts_that_are_rendered_alike_stay_on_one_side():
@@ -158,13 +151,12 @@ def test_options():
         assert 'is not OURS:THEIRS' in list(Config(columns=(pair,)).check())[0]
     assert 'maps a split, which works for the Hub only; name the file train.jsonl' in list(
         Config(source='rows.jsonl', dataset='d', columns=('train:x',)).check())[0]
-    assert '--dataset=NAME' in list(Config(source='hf:a/b').check())[0]
 
 
 def test_ids_of_files_of_one_name_differ():
     lines = [dict(prompt=f'q{i}', chosen='yes', rejected='no') for i in range(40)]
-    write('DIR/a/train.json', lines[:20])
-    write('DIR/b/train.json', lines[20:])
+    write_rows('DIR/a/train.json', lines[:20])
+    write_rows('DIR/b/train.json', lines[20:])
     prepare(Config(dataset='d', source='DIR', encoding='bytes'))
     groups = open_dataset(Config(dataset='d')).groups('train')
     assert len(set(groups.ids)) == len(groups.ids) and 'a/train.json:1' in groups.ids
@@ -198,9 +190,8 @@ def test_what_the_hub_raises_is_a_sentence(monkeypatch):
         raise ConnectionError('no\nroute \x1b[2J')
 
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-    for source, name in (('hub', 'stanfordnlp/SHP'), ('hf:a/b', 'a/b')):
-        with pytest.raises(Refusal, match=rf'{name} could not be .*ConnectionError: no route \[2J.*--source=DIR'):
-            prepare(Config(dataset='d', source=source, encoding='bytes'))
+    with pytest.raises(Refusal, match=r'stanfordnlp/SHP could not be .*ConnectionError: no route \[2J.*--source='):
+        prepare(Config(dataset='d', source='hub', encoding='bytes'))
     monkeypatch.setattr(datasets, '__version__', '3.6.0')
     with pytest.raises(Refusal, match='datasets 3.6.0 may run code of a dataset'):
         prepare(Config(dataset='d', source='hf:a/b', encoding='bytes'))

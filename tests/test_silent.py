@@ -1,5 +1,4 @@
 """Nothing silent: what would lead to a number that means something else is refused, or a line of the run says it."""
-import json
 import re
 import shlex
 from dataclasses import replace
@@ -9,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import answers
 import configurator
 import evaluate
 import prepare_shp
@@ -17,9 +15,9 @@ import preference
 import runs
 import sample
 import train
-from answers import ROW_TOKENS, cut_answers, make_batch, micro_batches, pack, rewards, select
+from answers import ROW_TOKENS, make_batch, micro_batches, pack, select
 from configurator import Refusal, configure
-from conftest import DATASET, metrics
+from conftest import DATASET, metrics, write_rows
 from model import sample_token
 from runs import load_run
 from test_preference import a_run, as_data, config
@@ -59,12 +57,6 @@ def test_notes_say_what_options_mean(tmp_path, capsys):
     assert 'note: max_iters=3 is more than the 2 updates of all iterations' in capsys.readouterr().out
 
 
-def test_a_block_beyond_all_texts_is_refused(tmp_path):
-    for cut in ('stream', 'examples'):
-        with pytest.raises(Refusal, match='but no document is longer than [0-9]+ tokens; use --block_size='):
-            train.main(train.Config(**dict(TRAIN, cut=cut, block_size=8_000), out_dir=str(tmp_path / cut)))
-
-
 def test_one_long_ranking_does_not_split_the_others_apart():
     group = prepare_shp.Group(0, '', [1] * 5, [[2] * 9, [3]])
     batch = make_batch([group] * 99 + [group._replace(answers=[[a] * 400 for a in range(40)])])
@@ -72,18 +64,6 @@ def test_one_long_ranking_does_not_split_the_others_apart():
     assert [len(rows) for rows in micro_batches(lab, batch)] == [99, 1]
     assert sum(x.numel() for x in batch.values()) < 30_000  # tokens, and (prompts, answers) numbers
     assert pack(select(batch, torch.tensor([99]))).mask.numel() < 17_000 * ROW_TOKENS * 1.2
-
-
-def test_answers_in_several_rows_are_those_in_one(tmp_path, monkeypatch):
-    lab, method = a_run(tmp_path, 'reward', reward_read='last')
-    torch.nn.init.normal_(method.scorer.head.weight)
-    batch = make_batch(cut_answers(lab, prepare_shp.pick_groups(lab.groups['train'], 0, 0, 8)))
-    one, lengths = rewards(lab, method.scorer, batch), []
-    for tokens in (100, 1):
-        monkeypatch.setattr(answers, 'ROW_TOKENS', tokens)
-        assert torch.allclose(one, rewards(lab, method.scorer, batch), atol=1e-5)
-        lengths.append(len(pack(batch).idx))
-    assert 8 < lengths[0] < lengths[1] == (batch['answer_length'] > 0).sum()
 
 
 def test_selfplay_counts_the_answers_that_it_cuts(tmp_path, capsys):
@@ -95,8 +75,7 @@ def test_selfplay_counts_the_answers_that_it_cuts(tmp_path, capsys):
 
 def test_commands_that_make_data_work_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / 'my rows.jsonl'
-    file.write_text(''.join(json.dumps(dict(prompt=f'{i}?', responses=['yes', 'no'])) + '\n' for i in range(9)))
+    file = write_rows(tmp_path / 'my rows.jsonl', [dict(prompt=f'{i}?', responses=['yes', 'no']) for i in range(9)])
     asked = prepare_shp.Config(dataset='mine')
     prepare_shp.prepare(replace(asked, source=str(file), encoding='bytes'))
     (tmp_path / 'data/mine/train.bin').write_bytes(b'??')

@@ -81,16 +81,13 @@ def test_quality_of_the_parts():
             assert quality(f'{trouble} {thing}{when}, {ask}', f'{verb} the {thing} {means}') == 1
 
 
-def test_scores_are_quality_and_noise(rows):
-    margins = [quality(row['history'], a) - quality(row['history'], b)
-               for row in rows['validation'] for a, b in [texts(row)]]
-    assert 0.88 < accuracy(np.array(margins)) < 0.95  # the ceiling of every ranker
-
-
-def test_neither_length_nor_letters_tell_the_better_answer(rows):
+def test_quality_tells_the_better_answer_and_neither_length_nor_letters_do(rows):
     def counts(text):
         return np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=128)
 
+    margins = [quality(row['history'], a) - quality(row['history'], b)
+               for row in rows['validation'] for a, b in [texts(row)]]
+    assert 0.88 < accuracy(np.array(margins)) < 0.95  # the scores are quality and noise: the ceiling of every ranker
     length = accuracy(np.array([len(a) - len(b) for a, b in map(texts, rows['validation'])]))
     assert max(length, 1 - length) < 0.60
     train, held_out = (np.array([counts(a) - counts(b) for a, b in map(texts, rows[split])], float)
@@ -113,6 +110,6 @@ def test_tricks_earn_less_than_the_average_answer(rows):
     for trick in (lambda h: h, lambda h: '', every_good_answer, lambda h: ' '.join(sum(SLOTS, [])),
                   lambda h: f'Polish the {h.split()[1].strip(",")} with oil. ' * 5):
         assert mean_quality(held_out, trick) < average / 2
-    constant = max(mean_quality(held_out[::10], lambda h: f'{verb} the {thing} {means}')
+    constant = max(mean_quality(held_out[::20], lambda h: f'{verb} the {thing} {means}')
                    for _, thing in THINGS for _, _, verb, means in CURES)
     assert constant < average / 2
