@@ -21,7 +21,7 @@ from losses import plackett_luce_loss  # noqa: E402
 
 SMOOTHING = 0.1  # of conservative DPO: what the worse answers of a stage share
 
-TOY = f'--init_from={OUT}/start --dtype=float32 --eval_groups=200 --sample_batch=256'
+TOY = f'--init_from={OUT}/start --dtype=bfloat16 --eval_groups=200 --sample_batch=256'
 DPO = (f'config/toy_dpo.py {TOY} --inner_epochs=1 --groups_per_iteration=7680 --learning_rate=5e-5 --min_lr=5e-5 '
        '--eval_interval=8')
 REWARD = f'config/toy_reward.py {TOY}'
@@ -36,9 +36,9 @@ TEXT = (f'{REDDIT} --init_from={OUT}/reddit-start --groups_per_step=32 --micro_g
         '--eval_groups=0 --eval_samples=64 --warmup_iters=5 --learning_rate=1e-4')
 PAIRS = f'config/dpo_shp.py {TEXT} --iterations=1 --groups_per_iteration=2048 --eval_interval=16'
 NEEDED = {  # by arms
-    'start': 'train.py config/toy_start.py --dtype=float32',
-    'start-t2': 'train.py config/toy_start.py --dtype=float32 --taylor_order=2',
-    'teacher': 'train.py config/toy_teacher.py --dtype=float32',
+    'start': 'train.py config/toy_start.py --dtype=bfloat16',
+    'start-t2': 'train.py config/toy_start.py --dtype=bfloat16 --taylor_order=2',
+    'teacher': 'train.py config/toy_teacher.py --dtype=bfloat16',
     'reward': REWARD,
     'reward-rank2': f'{REWARD} --rank_order=2',
     'reddit-start': f'train.py config/t0_shp.py {REDDIT} --n_embd=64 --batch_size=20 --epochs=12 --min_lr=1e-3 '

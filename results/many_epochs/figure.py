@@ -71,19 +71,28 @@ def verdict(tuning, test):
         print(f'\n{NAMES[order]} against {NAMES[other]}: {difference:.4f} nats, t {t:.1f}: {"a" if won else "no"} win')
 
 
+def plot_name(arm):
+    return NAMES[arm].replace('T_', '$T_') + '$' * ('T_' in NAMES[arm])
+
+
 def picture(tuning):
     with matplotlib.rc_context(plot.STYLE):
-        figure = matplotlib.figure.Figure(figsize=(6, 4), dpi=150, layout='constrained')
+        figure = matplotlib.figure.Figure(figsize=(7, 4), dpi=150, layout='constrained')
         ax = figure.subplots()
-        ax.set(xscale='log', xlabel='weight decay', ylabel='nats per byte, temperature fitted')
+        ax.set(xscale='log', xlabel='weight decay', ylabel='nats per byte, temperature fitted',
+               title='Validation: the lowest of the runs of tuning')
         for arm, colour in zip(('t0', *ORDERS, *CONTROLS), plot.COLOURS):
             lowest = {}  # the runs are sorted
             for run in tuning.get(arm, []):
-                lowest.setdefault(run['weight_decay'], run['ce'])
-            ax.plot(*zip(*sorted(lowest.items()) or [((), ())]), 'o-', color=colour, label=NAMES[arm], markersize=3.5)
+                lowest.setdefault(run['weight_decay'], run)
+            points = [(decay, run['ce'], run['epochs']) for decay, run in sorted(lowest.items())]
+            ax.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, label=plot_name(arm))
+            for x, y, epochs in points:  # a run that was longer is filled
+                ax.plot(x, y, 'o', color=colour, markersize=4, markerfacecolor=colour if epochs == 32 else 'white')
         ax.set_xticks(GRID['weight_decay'], GRID['weight_decay'])
         ax.minorticks_off()
-        ax.legend()
+        figure.legend(loc='outside right center', title='filled: 32 epochs\nhollow: 16 epochs', fontsize=8,
+                      title_fontsize=8)
         figure.savefig(HERE / 'weight_decay.png')
 
 
