@@ -101,6 +101,8 @@ class Config(runs.RunConfig):
         if self.moment_order == 3 and self.renormalize_over == 'prompt' and self.answers_per_prompt < 4:
             yield (f'moment_order=3 has no solution for answers_per_prompt={self.answers_per_prompt}: the skewness of '
                    'K numbers is at most (K-2)/sqrt(K-1); use 4 or more')
+        if self.resume and self.max_iters and 'iterations' in self.given and 'max_iters' not in self.given:
+            yield f'iterations has no effect beside max_iters={self.max_iters} of this run; add --max_iters=0'
         if self.groups_per_step >= 1 and self.groups_per_iteration % self.groups_per_step:
             yield (f'groups_per_iteration={self.groups_per_iteration} must be a multiple of groups_per_step='
                    f'{self.groups_per_step}')
@@ -134,7 +136,8 @@ def main(cfg):
 
     described = runs.describe(cfg, machine, modules[0].config, data, optimizers, **what_stays(lab, method))
     described |= {f'{name}_config': vars(module.config) for name, module in method.trained.items()}
-    step, tokens, sampled_tokens, best, evaluated, ended, facts, seconds = 0, 0, 0, -math.inf, -1, False, {}, 0.0
+    step, tokens, sampled_tokens, best, evaluated, due, ended, facts = 0, 0, 0, -math.inf, -1, False, False, {}
+    seconds = 0.0
     with runs.open_run(cfg, machine) as state, lab.stop as stop:
         if state is not None:
             machine.print(f'resumed at step {state["step"]} ({runs.check_resume(state, described)})')
@@ -142,7 +145,7 @@ def main(cfg):
                 module.load_state_dict(state[name])
             updates.load_state_dict(state)
             method.load_state_dict(state['method'])
-            step, tokens, sampled_tokens, best, evaluated, ended, facts = state['loop']
+            step, tokens, sampled_tokens, best, evaluated, due, ended, facts = state['loop']
             seconds, lab.selves.hashes = state['seconds'], state['selves']
             if step % per_iteration:
                 batch = read_iteration(lab, step // per_iteration)
@@ -163,9 +166,9 @@ def main(cfg):
                          **{name: module.state_dict() for name, module in method.trained.items()})
             machine.on_rank_0(lambda: runs.save_checkpoint(cfg.out_dir, state, name))  # all wait until it is written
 
-        def save_state():
+        def save_state(due=False):                            # due: an evaluation follows, which a resume repeats
             # a resume at step 0 evaluates again, because it removes that line of metrics.jsonl
-            loop = step, tokens, sampled_tokens, best, evaluated if step else -1, ended, facts
+            loop = step, tokens, sampled_tokens, best, evaluated if step else -1, due, ended, facts
             save(loop=loop, selves=lab.selves.hashes, seconds=clock.seconds(), method=method.state_dict(),
                  **updates.state_dict())
 
@@ -173,10 +176,11 @@ def main(cfg):
             while True:
                 done = ended or step >= cfg.max_iters
                 # a method may skip steps, and with them a multiple of eval_interval
-                if done or step // cfg.eval_interval > evaluated // cfg.eval_interval:
+                if done or due or step // cfg.eval_interval > evaluated // cfg.eval_interval:
                     if step and step != saved_step:
-                        save_state()
+                        save_state(due=True)
                         saved_step = step
+                    due = False
                     with clock.part('evaluation'):
                         result, evaluated = evaluation(step), step
                     metrics.write('eval', step=step, iteration=step // per_iteration, tokens=tokens,
@@ -237,7 +241,7 @@ def main(cfg):
         if step != saved_step:
             save_state()
         done = ended or step >= cfg.max_iters
-        if machine.rank == 0 and done:
+        if machine.rank == 0 and evaluated == step:
             show_samples(Path(cfg.out_dir))
         runs.finish(cfg, machine, stop, step, done, clock.seconds())
 
@@ -295,7 +299,7 @@ def open_lab(cfg, machine, data):
 
 def what_stays(lab, method):
     """What must not change in a resume, besides the model and the data."""
-    names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs'
+    names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs', 'token_order'
     return dict({name: getattr(lab.cfg, name) for name in names}, start=lab.selves.hashes[0][:12],
                 **{name: weights_hash(module.state_dict())[:12] for name, module in method.frozen.items()})
 
