@@ -392,8 +392,8 @@ def cross_fitted(series, b):
     step is too long for the series.
     """
     steps = [_step(half, b) for half in series]
-    if max(map(abs, steps)) > 0.25 * b:  # too far for the series
-        return math.nan, math.nan
+    if any(abs(d * f3) > f2 for (_, _, f2, f3), d in zip(series, reversed(steps))):
+        return math.nan, math.nan  # the cubic term is more than a third of the quadratic one: too far for the series
     ce = sum(f + d * (f1 + d * (f2 / 2 + d * f3 / 6)) for (f, f1, f2, f3), d in zip(series, reversed(steps)))
     return ce, 1 / math.sqrt((b + steps[0]) * (b + steps[1]))
 

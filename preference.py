@@ -101,8 +101,6 @@ class Config(runs.RunConfig):
         if self.moment_order == 3 and self.renormalize_over == 'prompt' and self.answers_per_prompt < 4:
             yield (f'moment_order=3 has no solution for answers_per_prompt={self.answers_per_prompt}: the skewness of '
                    'K numbers is at most (K-2)/sqrt(K-1); use 4 or more')
-        if self.resume and self.max_iters and 'iterations' in self.given and 'max_iters' not in self.given:
-            yield f'iterations has no effect beside max_iters={self.max_iters} of this run; add --max_iters=0'
         if self.groups_per_step >= 1 and self.groups_per_iteration % self.groups_per_step:
             yield (f'groups_per_iteration={self.groups_per_iteration} must be a multiple of groups_per_step='
                    f'{self.groups_per_step}')
@@ -289,6 +287,8 @@ def open_lab(cfg, machine, data):
     cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * updates_per_iteration(lab)))
     if lab.cfg.max_iters > cfg.max_iters:
         machine.print(f'note: max_iters={lab.cfg.max_iters} is more than the {cfg.max_iters} updates of all iterations')
+    elif lab.cfg.max_iters and cfg.max_iters < (total := cfg.iterations * updates_per_iteration(lab)):
+        machine.print(f'note: max_iters={cfg.max_iters} ends the run before the {total} updates of all iterations')
     if cfg.max_iters < 20:
         machine.print(f'note: only {cfg.max_iters} update(s) in total; for more, use a smaller groups_per_step or more '
                       'iterations or inner_epochs')
