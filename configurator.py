@@ -1,6 +1,6 @@
 """Command line -> one frozen Config. `configure` parses it; the last line of every script calls `run`.
 
-    python train.py config/toy_t2.py --learning_rate=1e-3 --domains=askculinary,legaladvice
+    python prepare_shp.py --max_rows=1000 --domains=askculinary,legaladvice
 
 Arguments are config files (*.py) and --key=value flags; later ones win. A config file is Python that assigns options;
 names that start with '_' and modules are ignored. If Config has a field `runs`, other arguments are added to it.

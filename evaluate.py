@@ -37,7 +37,8 @@ class Evaluation:
                 longest[tuple(group.prompt)] = group
         self.asked = list(longest.values())[:lab.cfg.eval_samples]  # answered at each evaluation
         self.prompts = [group.prompt for group in cut_prompts(lab, self.asked)]
-        self.posts = [post_of(lab, prompt) for prompt in self.prompts]
+        self.posts, self.held_posts = ([post_of(lab, group.prompt) for group in some]  # whole, for true quality
+                                       for some in (self.asked, groups[:lab.cfg.eval_groups or None]))
 
     def __call__(self, step):
         return self.rankings(step) | (self.samples(step) if self.asked else {})
@@ -120,8 +121,7 @@ class Evaluation:
         found = dict(rank_accuracy_length=pair_statistics(length, valid)[0],
                      rank_accuracy_bag=pair_statistics(bag(held).detach(), valid)[0])
         if self.toy:
-            posts = [post_of(lab, ids.tolist()) for ids in held['prompt'].split(held['prompt_length'].tolist())]
-            found['rank_accuracy_truth'] = pair_statistics(self.qualities(held, posts), valid)[0]
+            found['rank_accuracy_truth'] = pair_statistics(self.qualities(held, self.held_posts), valid)[0]
         return found
 
     # true quality, known for the toy data

@@ -388,9 +388,12 @@ def cross_fitted(series, b):
     """Sums of `scaled_ce` at b over two halves, [[f, f', f'', f'''], [...]] -> (cross-entropy, t).
 
     Each half is scored at the t fitted on the other half (by a step from b, and a Taylor series of f), so that no text
-    affects its own temperature. The cross-entropy is the sum over both halves, t the geometric mean.
+    affects its own temperature. The cross-entropy is the sum over both halves, t the geometric mean. Both are NaN if a
+    step is too long for the series.
     """
     steps = [_step(half, b) for half in series]
+    if any(abs(d * f3) > f2 for (_, _, f2, f3), d in zip(series, reversed(steps))):
+        return math.nan, math.nan  # the cubic term is more than a third of the quadratic one: too far for the series
     ce = sum(f + d * (f1 + d * (f2 / 2 + d * f3 / 6)) for (f, f1, f2, f3), d in zip(series, reversed(steps)))
     return ce, 1 / math.sqrt((b + steps[0]) * (b + steps[1]))
 

@@ -37,7 +37,7 @@ TRAIN = [
     Panel('Validation cross-entropy', 'nats per token', {
         'val_ce': ('-', 'p'), 'val_ce_link': ('--', 'link(p)'), 'val_ce_leaked': (':', 'p, on leaked texts'),
         'val_ce_clean': ('-.', 'p, on the other texts')}),
-    Panel('Validation, temperature fitted', 'nats per token', {
+    Panel('Validation at a fitted temperature', 'nats per token', {
         'val_ce_t': ('-', 'p'), 'val_ce_link_t': ('--', 'link(p)')})]
 PREFERENCE = [
     Panel('Held-out pairs in order', 'share', {'rank_accuracy': ('-', '')}, limits=(0.4, 1.05), baselines=dict(
@@ -52,7 +52,7 @@ PREFERENCE = [
     Panel('Entropy', 'nats per token', {'entropy': ('-', '')}, limits=(0, None)),
     Panel('Length of answers', 'tokens', {'answer_length': ('-', '')}, limits=(0, None)),
     Panel('Answers that end', 'share', {'eot_rate': ('-', '')}, limits=(0, 1.03)),
-    Panel('Training loss', '', {'loss': ('-', '')})]
+    Panel('Ranking or policy loss', '', {'loss': ('-', '')})]
 STYLE = {'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
          'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888', 'axes.grid': True,
          'axes.labelcolor': '#555555', 'xtick.color': '#555555', 'ytick.color': '#555555', 'grid.color': '#e8e8e8',

@@ -134,7 +134,8 @@ def main(cfg):
 
     described = runs.describe(cfg, machine, modules[0].config, data, optimizers, **what_stays(lab, method))
     described |= {f'{name}_config': vars(module.config) for name, module in method.trained.items()}
-    step, tokens, sampled_tokens, best, evaluated, ended, facts, seconds = 0, 0, 0, -math.inf, -1, False, {}, 0.0
+    step, tokens, sampled_tokens, best, evaluated, due, ended, facts = 0, 0, 0, -math.inf, -1, False, False, {}
+    seconds = 0.0
     with runs.open_run(cfg, machine) as state, lab.stop as stop:
         if state is not None:
             machine.print(f'resumed at step {state["step"]} ({runs.check_resume(state, described)})')
@@ -142,7 +143,7 @@ def main(cfg):
                 module.load_state_dict(state[name])
             updates.load_state_dict(state)
             method.load_state_dict(state['method'])
-            step, tokens, sampled_tokens, best, evaluated, ended, facts = state['loop']
+            step, tokens, sampled_tokens, best, evaluated, due, ended, facts = state['loop']
             seconds, lab.selves.hashes = state['seconds'], state['selves']
             if step % per_iteration:
                 batch = read_iteration(lab, step // per_iteration)
@@ -163,9 +164,9 @@ def main(cfg):
                          **{name: module.state_dict() for name, module in method.trained.items()})
             machine.on_rank_0(lambda: runs.save_checkpoint(cfg.out_dir, state, name))  # all wait until it is written
 
-        def save_state():
+        def save_state(due=False):                            # due: an evaluation follows, which a resume repeats
             # a resume at step 0 evaluates again, because it removes that line of metrics.jsonl
-            loop = step, tokens, sampled_tokens, best, evaluated if step else -1, ended, facts
+            loop = step, tokens, sampled_tokens, best, evaluated if step else -1, due, ended, facts
             save(loop=loop, selves=lab.selves.hashes, seconds=clock.seconds(), method=method.state_dict(),
                  **updates.state_dict())
 
@@ -173,10 +174,11 @@ def main(cfg):
             while True:
                 done = ended or step >= cfg.max_iters
                 # a method may skip steps, and with them a multiple of eval_interval
-                if done or step // cfg.eval_interval > evaluated // cfg.eval_interval:
+                if done or due or step // cfg.eval_interval > evaluated // cfg.eval_interval:
                     if step and step != saved_step:
-                        save_state()
+                        save_state(due=True)
                         saved_step = step
+                    due = False
                     with clock.part('evaluation'):
                         result, evaluated = evaluation(step), step
                     metrics.write('eval', step=step, iteration=step // per_iteration, tokens=tokens,
@@ -237,7 +239,7 @@ def main(cfg):
         if step != saved_step:
             save_state()
         done = ended or step >= cfg.max_iters
-        if machine.rank == 0 and done:
+        if machine.rank == 0 and evaluated == step:
             show_samples(Path(cfg.out_dir))
         runs.finish(cfg, machine, stop, step, done, clock.seconds())
 
@@ -285,6 +287,8 @@ def open_lab(cfg, machine, data):
     cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * updates_per_iteration(lab)))
     if lab.cfg.max_iters > cfg.max_iters:
         machine.print(f'note: max_iters={lab.cfg.max_iters} is more than the {cfg.max_iters} updates of all iterations')
+    elif lab.cfg.max_iters and cfg.max_iters < (total := cfg.iterations * updates_per_iteration(lab)):
+        machine.print(f'note: max_iters={cfg.max_iters} ends the run before the {total} updates of all iterations')
     if cfg.max_iters < 20:
         machine.print(f'note: only {cfg.max_iters} update(s) in total; for more, use a smaller groups_per_step or more '
                       'iterations or inner_epochs')
@@ -295,7 +299,7 @@ def open_lab(cfg, machine, data):
 
 def what_stays(lab, method):
     """What must not change in a resume, besides the model and the data."""
-    names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs'
+    names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs', 'token_order'
     return dict({name: getattr(lab.cfg, name) for name in names}, start=lab.selves.hashes[0][:12],
                 **{name: weights_hash(module.state_dict())[:12] for name, module in method.frozen.items()})
 

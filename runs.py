@@ -280,7 +280,7 @@ def finish(cfg, machine, stop, step, done, seconds, hint=''):
     number = max(machine.gather(stop.number))  # a signal may have arrived since the loop last checked
     if number or not done:
         machine.print(f'stopped after step {step}, saved {cfg.out_dir}; continue with --resume=True '
-                      f'--out_dir={cfg.out_dir}')
+                      f'--out_dir={shlex.quote(cfg.out_dir)}')
     if number:
         sys.exit(128 + number)
     if machine.rank == 0 and done:
@@ -507,7 +507,8 @@ def load_weights(where, which='best', make=''):
 def load_run(cfg, option, encoding):
     """`load_weights` of the run that cfg.<option> names. If there is none, the Refusal has a command that makes it."""
     where = Path(getattr(cfg, option) or f'out/{option}')
-    options = [f'--out_dir={where}', f'--dataset={cfg.dataset}' if cfg.dataset else f'--source={cfg.source}']
+    options = [f'--out_dir={shlex.quote(str(where))}', f'--split={cfg.split}',
+               f'--dataset={cfg.dataset}' if cfg.dataset else f'--source={cfg.source}']
     make = f'python train.py {" ".join(options)}'
     if option == 'reward_model':
         options += ['--method=reward', f'--init_from={cfg.init_from}', f'--max_new_tokens={cfg.max_new_tokens}']

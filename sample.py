@@ -38,6 +38,8 @@ class Config(Options):
 
     def check(self):
         yield from super().check()
+        if self.export_hf and self.link:
+            yield 'link has no effect on export_hf, which writes the model; leave it out'
         if [self.prompt, self.prompt_file, self.export_hf].count('') != 2:
             yield ('set exactly one of --prompt="..." (a post), --prompt_file=FILE (a file of posts) and '
                    '--export_hf=DIR (a folder to write)')

@@ -7,6 +7,7 @@
 """
 import contextlib
 import math
+import shlex
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -52,7 +53,7 @@ class Config(runs.RunConfig):
             yield f'dropout={self.dropout} is a probability; it must be below 1'
         if self.n_head >= 1 and self.n_embd % self.n_head:
             yield f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; pick a multiple of {self.n_head}'
-        if self.epochs and {'epochs', 'max_iters'} <= self.given:
+        if self.epochs and 'max_iters' in self.given:
             yield f'max_iters has no effect with epochs={self.epochs}; leave max_iters out, or add --epochs=0'
 
 
@@ -91,13 +92,13 @@ def main(cfg, loss_of=None):
                   f'loss {loss_name(loss_of)}\n{cfg.max_iters:,} steps of {cfg.batch_size} x {cfg.block_size} tokens: '
                   f'{machine.world_size} rank(s) x {math.ceil(len(rows) / micro)} micro-batch(es) of {micro}; '
                   f'{len(documents.tokens):,} training tokens')
-    step, tokens, seconds, best, saved_step = 0, 0, 0.0, math.inf, None
+    step, tokens, seconds, best, due, saved_step = 0, 0, 0.0, math.inf, False, None
     with runs.open_run(cfg, machine) as state, runs.StopSignal() as stop:
         if state is not None:
             machine.print(f'resumed at step {state["step"]} ({runs.check_resume(state, described)})')
             model.load_state_dict(state['model'])
             updates.load_state_dict(state)
-            step, tokens, seconds, best = (state[name] for name in ('step', 'tokens', 'seconds', 'best'))
+            step, tokens, seconds, best, due = (state[name] for name in ('step', 'tokens', 'seconds', 'best', 'due'))
             saved_step = step
             state.clear()                                     # frees the second copy of the optimizer state
         machine.on_rank_0(lambda: runs.start_files(cfg, step, loss=loss_name(loss_of)))
@@ -107,14 +108,15 @@ def main(cfg, loss_of=None):
             state = dict(described, step=step, tokens=tokens, model=model.state_dict(), **more)
             machine.on_rank_0(lambda: runs.save_checkpoint(cfg.out_dir, state, name))  # all wait until it is written
 
-        def save_state():
-            save(seconds=clock.seconds(), best=best, **updates.state_dict())
+        def save_state(due=False):                            # due: an evaluation follows, which a resume repeats
+            save(seconds=clock.seconds(), best=best, due=due, **updates.state_dict())
 
         while True:
-            if step % cfg.eval_interval == 0 or step == cfg.max_iters:
+            if due or step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 if step and step != saved_step:
-                    save_state()
+                    save_state(due=True)
                     saved_step = step
+                due = False
                 with clock.part('evaluation'):
                     result = evaluate(model, held_out, eval_rows, cfg, machine, order, stop, halves)
                 if result is not None:                        # None after a signal
@@ -174,7 +176,7 @@ def main(cfg, loss_of=None):
         if step != saved_step:
             save_state()
         runs.finish(cfg, machine, stop, step, step == cfg.max_iters, clock.seconds(),
-               f'; sample from it: python sample.py --out_dir={cfg.out_dir} --temperature=0.5'
+               f'; sample from it: python sample.py --out_dir={shlex.quote(cfg.out_dir)} --temperature=0.5'
                f'{" --link=True" if order else ""} --prompt={runs.example_prompt(data)}')
 
 
@@ -280,7 +282,10 @@ def evaluate(model, documents, rows, cfg, machine, order, stop, halves=None):
                     'val_entropy_wrong' + name: entropy / max(n - right, 1)}
         if 0 < n_half < n:
             ce_t, t = cross_fitted(series, scales[name])
-            metrics |= {f'val_ce{name}_t': ce_t / n, f'val_t{name}': t}
+            if math.isfinite(ce_t):
+                metrics |= {f'val_ce{name}_t': ce_t / n, f'val_t{name}': t}
+            else:
+                machine.print(f'note: no val_ce{name}_t; the fit on 512 tokens is too far from that on all')
         if not name and cfg.split == 'row' and 0 < n_leaked < n:
             metrics |= dict(val_ce_leaked=ce_leaked / n_leaked, val_ce_clean=(ce - ce_leaked) / (n - n_leaked))
     return metrics

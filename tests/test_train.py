@@ -143,6 +143,15 @@ def test_resume_tells_of_changed_options(tmp_path, capsys):
     assert sorted(found) == ['dtype torch.float32 -> torch.bfloat16', 'learning_rate 0.001 -> 0.01']
 
 
+def test_a_run_that_is_extended_keeps_its_last_evaluation(tmp_path, monkeypatch):
+    losses = iter([5.3, 5.0, 4.0, 4.0, 4.5])  # the last evaluation is repeated, and stays the best
+    monkeypatch.setattr(train, 'evaluate', lambda *_: dict(val_ce=next(losses)))
+    train.main(config(tmp_path / 'run', max_iters=5, eval_interval=3))
+    train.main(config(tmp_path / 'run', max_iters=6, eval_interval=3, resume=True))
+    assert [line['step'] for line in metrics(tmp_path / 'run', 'eval')] == [0, 3, 5, 6]
+    assert load_checkpoint(tmp_path / 'run', 'best.pt')['step'] == 5
+
+
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 def test_a_non_finite_gradient_never_reaches_a_parameter(tmp_path, monkeypatch, capsys, bad):
     sound, broken, calls = train.linear_loss, (3, 4), []
