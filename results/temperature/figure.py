@@ -116,10 +116,12 @@ def front(runs, path):
         for arm, colour in zip(('t0', 't2'), (plot.COLOURS[0], plot.COLOURS[2])):
             curve(result, runs['post'][arm], 'val_ce', colour, '-')
             curve(result, runs['post'][arm], 'val_ce_t', colour, '--')
-        result.set(title='Texts of other posts', xlabel='epoch', ylabel='nats per token', ylim=(6.8, 12))
-        result.plot([], [], '-', color='#888888', label='p')
-        result.plot([], [], '--', color='#888888', label='p, temperature fitted')
-        result.legend()
+        result.set(title='Cross-entropy on new texts', xlabel='epoch', ylabel='nats per token', ylim=(6.8, 12))
+        for n in (0, 2):
+            result.plot([], [], color=plot.COLOURS[n], label=f'$T_{n}$')
+        for line, label in (('-', 'raw p'), ('--', 'temperature fitted')):
+            result.plot([], [], line, color='#888888', label=label)
+        result.legend(loc='upper left', fontsize=8, handlelength=1.5)
         figure.savefig(path)
 
 
