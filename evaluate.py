@@ -30,15 +30,15 @@ class Evaluation:
         self.policy, self.toy = method.trained.get('model') or method.start, lab.cfg.source == 'toy'
         held_out = lab.groups[lab.cfg.eval_split]
         groups, longest = pick_groups(held_out, EVAL_SEED, 0, len(held_out.prompts)), {}
-        self.held = make_batch(cut_answers(lab, groups[:lab.cfg.eval_groups or None]))
+        self.ranked = groups[:lab.cfg.eval_groups or None]
+        self.held = make_batch(cut_answers(lab, self.ranked))
         for group in groups:  # the longest ranking of each distinct prompt
             before = longest.setdefault(tuple(group.prompt), group)
             if len(group.answers) > len(before.answers):
                 longest[tuple(group.prompt)] = group
         self.asked = list(longest.values())[:lab.cfg.eval_samples]  # answered at each evaluation
         self.prompts = [group.prompt for group in cut_prompts(lab, self.asked)]
-        self.posts, self.held_posts = ([post_of(lab, group.prompt) for group in some]  # whole, for true quality
-                                       for some in (self.asked, groups[:lab.cfg.eval_groups or None]))
+        self.posts = [post_of(lab, group.prompt) for group in self.asked]  # whole, for true quality
 
     def __call__(self, step):
         return self.rankings(step) | (self.samples(step) if self.asked else {})
@@ -121,7 +121,8 @@ class Evaluation:
         found = dict(rank_accuracy_length=pair_statistics(length, valid)[0],
                      rank_accuracy_bag=pair_statistics(bag(held).detach(), valid)[0])
         if self.toy:
-            found['rank_accuracy_truth'] = pair_statistics(self.qualities(held, self.held_posts), valid)[0]
+            posts = [post_of(lab, group.prompt) for group in self.ranked]
+            found['rank_accuracy_truth'] = pair_statistics(self.qualities(held, posts), valid)[0]
         return found
 
     # true quality, known for the toy data

@@ -134,8 +134,7 @@ def main(cfg):
 
     described = runs.describe(cfg, machine, modules[0].config, data, optimizers, **what_stays(lab, method))
     described |= {f'{name}_config': vars(module.config) for name, module in method.trained.items()}
-    step, tokens, sampled_tokens, best, evaluated, due, ended, facts = 0, 0, 0, -math.inf, -1, False, False, {}
-    seconds = 0.0
+    step, tokens, sampled_tokens, best, evaluated, ended, facts, seconds = 0, 0, 0, -math.inf, -1, False, {}, 0.0
     with runs.open_run(cfg, machine) as state, lab.stop as stop:
         if state is not None:
             machine.print(f'resumed at step {state["step"]} ({runs.check_resume(state, described)})')
@@ -143,7 +142,7 @@ def main(cfg):
                 module.load_state_dict(state[name])
             updates.load_state_dict(state)
             method.load_state_dict(state['method'])
-            step, tokens, sampled_tokens, best, evaluated, due, ended, facts = state['loop']
+            step, tokens, sampled_tokens, best, evaluated, ended, facts = state['loop']
             seconds, lab.selves.hashes = state['seconds'], state['selves']
             if step % per_iteration:
                 batch = read_iteration(lab, step // per_iteration)
@@ -164,9 +163,9 @@ def main(cfg):
                          **{name: module.state_dict() for name, module in method.trained.items()})
             machine.on_rank_0(lambda: runs.save_checkpoint(cfg.out_dir, state, name))  # all wait until it is written
 
-        def save_state(due=False):                            # due: an evaluation follows, which a resume repeats
-            # a resume at step 0 evaluates again, because it removes that line of metrics.jsonl
-            loop = step, tokens, sampled_tokens, best, evaluated if step else -1, due, ended, facts
+        def save_state(due=False):
+            # an evaluation that is due is repeated by a resume, as is that of step 0, which is cut from metrics.jsonl
+            loop = step, tokens, sampled_tokens, best, -1 if due or not step else evaluated, ended, facts
             save(loop=loop, selves=lab.selves.hashes, seconds=clock.seconds(), method=method.state_dict(),
                  **updates.state_dict())
 
@@ -174,11 +173,10 @@ def main(cfg):
             while True:
                 done = ended or step >= cfg.max_iters
                 # a method may skip steps, and with them a multiple of eval_interval
-                if done or due or step // cfg.eval_interval > evaluated // cfg.eval_interval:
+                if done or step // cfg.eval_interval > evaluated // cfg.eval_interval:
                     if step and step != saved_step:
                         save_state(due=True)
                         saved_step = step
-                    due = False
                     with clock.part('evaluation'):
                         result, evaluated = evaluation(step), step
                     metrics.write('eval', step=step, iteration=step // per_iteration, tokens=tokens,
@@ -239,7 +237,7 @@ def main(cfg):
         if step != saved_step:
             save_state()
         done = ended or step >= cfg.max_iters
-        if machine.rank == 0 and evaluated == step:
+        if machine.rank == 0 and done and evaluated == step:  # not so after a signal in the last update
             show_samples(Path(cfg.out_dir))
         runs.finish(cfg, machine, stop, step, done, clock.seconds())
 
@@ -284,11 +282,12 @@ def open_lab(cfg, machine, data):
     if start.get('link_order'):
         machine.print(f'note: {cfg.init_from} was trained with T_{start["link_order"]}: its probabilities are '
                       'under-confident by design, and answers are sampled from them without the link')
-    cfg = replace(cfg, max_iters=min(cfg.max_iters or math.inf, cfg.iterations * updates_per_iteration(lab)))
-    if lab.cfg.max_iters > cfg.max_iters:
-        machine.print(f'note: max_iters={lab.cfg.max_iters} is more than the {cfg.max_iters} updates of all iterations')
-    elif lab.cfg.max_iters and cfg.max_iters < (total := cfg.iterations * updates_per_iteration(lab)):
+    total = cfg.iterations * updates_per_iteration(lab)
+    if cfg.max_iters > total:
+        machine.print(f'note: max_iters={cfg.max_iters} is more than the {total} updates of all iterations')
+    elif 0 < cfg.max_iters < total:
         machine.print(f'note: max_iters={cfg.max_iters} ends the run before the {total} updates of all iterations')
+    cfg = replace(cfg, max_iters=min(cfg.max_iters or total, total))
     if cfg.max_iters < 20:
         machine.print(f'note: only {cfg.max_iters} update(s) in total; for more, use a smaller groups_per_step or more '
                       'iterations or inner_epochs')

@@ -34,9 +34,9 @@ def decode(model, prompts, cache, hidden, uniform, max_new_tokens, temperature, 
         running = []
         for i, (b, ids) in enumerate(zip(rows, columns.tolist())):
             answer, room = answers[b], min(max_new_tokens, model.config.block_size - len(prompts[b]))
-            for id in ids:
-                if len(answer) < room and answer[-1:] != [eot]:
-                    answer.append(id)
+            if answer[-1:] != [eot]:
+                ids = ids[:room - len(answer)]
+                answer += ids[:ids.index(eot) + 1] if eot in ids else ids
             if answer[-1] != eot and len(answer) < room:
                 running.append(i)
         if not running:

@@ -1,6 +1,7 @@
 """The tables, the verdict and the picture of the runs that are stored: python results/many_epochs/figure.py"""
 import json
 import math
+import re
 from collections import defaultdict
 from statistics import mean, stdev
 
@@ -71,10 +72,6 @@ def verdict(tuning, test):
         print(f'\n{NAMES[order]} against {NAMES[other]}: {difference:.4f} nats, t {t:.1f}: {"a" if won else "no"} win')
 
 
-def plot_name(arm):
-    return NAMES[arm].replace('T_', '$T_') + '$' * ('T_' in NAMES[arm])
-
-
 def picture(tuning):
     with matplotlib.rc_context(plot.STYLE):
         figure = matplotlib.figure.Figure(figsize=(7, 4), dpi=150, layout='constrained')
@@ -86,7 +83,8 @@ def picture(tuning):
             for run in tuning.get(arm, []):
                 lowest.setdefault(run['weight_decay'], run)
             points = [(decay, run['ce'], run['epochs']) for decay, run in sorted(lowest.items())]
-            ax.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, label=plot_name(arm))
+            ax.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour,
+                    label=re.sub(r'(T_\d)', r'$\1$', NAMES[arm]))
             for x, y, epochs in points:  # a run that was longer is filled
                 ax.plot(x, y, 'o', color=colour, markersize=4, markerfacecolor=colour if epochs == 32 else 'white')
         ax.set_xticks(GRID['weight_decay'], GRID['weight_decay'])
