@@ -18,13 +18,13 @@ A tensor has one row per prompt or one per token, so memory is proportional to t
 import hashlib
 from collections import Counter
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 import prepare_shp
 from configurator import progress
@@ -121,8 +121,8 @@ def select(batch, rows):
 
 def answers_of(batch):
     """The answers of a batch as lists of ids: G lists of up to K."""
-    pieces = iter(batch['answer'].split(batch['answer_length'][batch['answer_length'] > 0].tolist()))
-    return [[next(pieces).tolist() for length in lengths if length] for lengths in batch['answer_length'].tolist()]
+    ids = iter(batch['answer'].tolist())
+    return [[list(islice(ids, length)) for length in lengths if length] for lengths in batch['answer_length'].tolist()]
 
 
 class Rows(NamedTuple):
@@ -150,31 +150,29 @@ class Rows(NamedTuple):
 
 def pack(batch, device='cpu'):
     """A batch -> Rows. A row: the prompt without its last token, then, for each answer, that token and the answer."""
-    rows, spans, K = [], [], batch['answer_length'].shape[1]
-    prompts = batch['prompt'].split(batch['prompt_length'].tolist())
-    for g, (prompt, answers) in enumerate(zip(prompts, answers_of(batch))):
-        *before, last = prompt.tolist()
-        P = len(before)
-        for k, answer in enumerate(answers, 1):
-            if k == 1 or len(rows[-1][0]) + len(answer) >= ROW_TOKENS:
-                rows.append((before[:], list(range(P)), [0] * P))
+    rows, row, column, owner = [], [], [], []  # the last three for each answer token
+    length, ids = batch['answer_length'], iter(batch['prompt'].tolist())
+    for g, (P, answers) in enumerate(zip(batch['prompt_length'].tolist(), answers_of(batch))):
+        *before, last = islice(ids, P)
+        for k, answer in enumerate(answers):
+            n = len(answer)
+            if k == 0 or len(rows[-1][0]) + n >= ROW_TOKENS:
+                rows.append((before[:], list(range(P - 1)), [-1] * (P - 1)))
             idx, positions, text = rows[-1]
-            spans.append((len(rows) - 1, len(idx), len(answer), g * K + k - 1))
+            row += [len(rows) - 1] * n
+            column += range(len(idx), len(idx) + n)
+            owner += [g * length.shape[1] + k] * n
             idx += [last, *answer]
-            positions += range(P, P + len(answer) + 1)
-            text += [k] * (len(answer) + 1)
-    idx, positions, text = (
-        to_device(pad_sequence([torch.tensor(x) for x in column], batch_first=True, padding_value=fill), device)
-        for column, fill in zip(zip(*rows), (0, 0, -1)))
-    T = idx.shape[1]
+            positions += range(P - 1, P + n)
+            text += [k] * (n + 1)
+    T = max(len(idx) for idx, _, _ in rows)
+    idx, positions, text = (to_device(torch.from_numpy(np.array([x + [fill] * (T - len(x)) for x in part])), device)
+                            for part, fill in zip(zip(*rows), (0, 0, -2)))
     mask = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    mask = mask & ((text[:, :, None] == text[:, None]) | (text[:, None] == 0))
-    row, start, length, owner = torch.tensor(spans).T
-    start = row * T + start  # index in the flattened rows where the first token of an answer is predicted
-    place = torch.cat([torch.arange(a, a + n) for a, n in zip(start.tolist(), length.tolist())])
-    end = torch.zeros_like(batch['answer_length'])
-    end[batch['answer_length'] > 0] = start + length
-    place, owner, end = (to_device(x, device) for x in (place, owner.repeat_interleave(length), end))
+    mask = mask & ((text[:, :, None] == text[:, None]) | (text[:, None] == -1))
+    place, owner = T * torch.tensor(row) + torch.tensor(column), torch.tensor(owner)
+    end = torch.zeros(length.numel(), dtype=torch.long).scatter_reduce(0, owner, place + 1, 'amax').view_as(length)
+    place, owner, end = (to_device(x, device) for x in (place, owner, end))
     return Rows(idx, positions, mask[:, None], place, owner, end, set(batch['generator'].flatten().tolist()),
                 {name: to_device(x, device) for name, x in batch.items()})
 
