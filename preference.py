@@ -94,8 +94,11 @@ class Config(runs.RunConfig):
             yield 'max_answers=1 leaves nothing to rank; use 2 or more, or 0 for all'
         if not self.beta and self.method in ('dpo', 'spin', 'distill'):
             yield f'beta=0 makes all scores of method={self.method} equal, so nothing is learned; use a larger beta'
-        if 'sft_order' in self.given and self.sft_order and not self.sft_weight:
-            yield 'sft_order has no effect without sft_weight; set sft_weight, or leave sft_order out'
+        for option, idle, need in (('sft_order', not self.sft_weight, 'sft_weight'),
+                                   ('league', self.opponents == 1, 'two or more opponents'),
+                                   ('monotone', self.moment_order == 2, 'moment_order=3')):
+            if option in self.given and getattr(self, option) != getattr(type(self)(), option) and idle:
+                yield f'{option} has no effect without {need}; leave it out'
         if self.anchor_first and self.opponents < 2:
             yield 'anchor_first=True needs --opponents=2 or more: a single opponent would always be pi_0'
         if self.moment_order == 3 and self.renormalize_over == 'prompt' and self.answers_per_prompt < 4:

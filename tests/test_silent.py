@@ -35,6 +35,8 @@ def test_a_cold_sample_is_the_likeliest_token(temperature):
 @pytest.mark.parametrize('script, argv, words', [
     (preference, ['--beta=0'], 'beta=0 makes all scores of method=dpo equal'),
     (preference, ['--sft_order=2'], 'sft_order has no effect without sft_weight'),
+    (preference, ['--method=spin', '--league=ordered'], 'league has no effect without two or more opponents'),
+    (preference, ['--method=ppo', '--monotone=False'], 'monotone has no effect without moment_order=3'),
     (preference, ['--resume=True', '--out_dir=nowhere'], 'there is no run to resume in nowhere'),
     (train, ['--epochs=2', '--max_iters=9'], 'max_iters has no effect with epochs=2.0')])
 def test_options_without_effect_are_refused(capsys, script, argv, words):

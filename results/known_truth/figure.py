@@ -41,12 +41,12 @@ def starts(arm):
 
 
 PICTURES = {  # section: (x, its label, rows of y, {panel: {arm: (label, colour)}})
-    'dpo': ('root', 'sqrt(KL to the start, nats an answer)', ('true_quality',), {
+    'dpo': ('root', 'sqrt(KL to the start, nats per answer)', ('true_quality',), {
         'beta 0.3': taylor('dpo-beta0.3'), 'beta 1': taylor('dpo'), 'beta 3': taylor('dpo-beta3'),
         'beta 1, K = 2': taylor('dpo-k2'), 'beta 1, no language loss': taylor('dpo-plain'),
         'Remedies': {'dpo': ('DPO, beta 1', BLUE), 'cdpo': ('conservative DPO', GREEN), 'ipo': ('IPO, beta 1', PINK),
                      'ipo-beta0.3': ('IPO, beta 0.3', YELLOW), 'language': ('language loss alone', GREY)}}),
-    'ppo': ('root', 'sqrt(KL to the start, nats an answer)', ('true_quality', 'reward'), {
+    'ppo': ('root', 'sqrt(KL to the start, nats per answer)', ('true_quality', 'reward'), {
         'Strength of the KL': {'ppo-beta0.05': ('beta 0.05', SKY), 'ppo': ('beta 0.15', BLUE),
                                'ppo-beta0.5': ('beta 0.5', GREY)},
         '$T_2$ on tokens': {'ppo': ('beta 0.15', BLUE), 'ppo-token2': ('beta 0.15, $T_2$', ORANGE),
@@ -121,7 +121,7 @@ def table(section, runs):
     if section == 'chain':
         arms = [arm for pair in zip(map(BASE.get, arms), arms) for arm in pair]
     head = ('arm', 'seeds', 'last quarter', 'best', 'stopped early', 'rank_accuracy', 'sqrt(KL)', 'reward', 'M tokens',
-            'exact_groups', 'compared with', 'last quarter, less', 'at equal KL, less', 'up to sqrt(KL)')
+            'exact_groups', 'compared with', 'difference, last quarter', 'difference, equal KL', 'up to sqrt(KL)')
     print(f'\n| {" | ".join(head)} |\n|{"---|" * len(head)}')
     for arm in [arm for arm in arms if arm in runs]:
         seeds, base = runs[arm], runs.get(BASE.get(arm), {})

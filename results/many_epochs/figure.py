@@ -99,7 +99,7 @@ if __name__ == '__main__':
     table('validation, 1 seed', ['runs', *GRID, 'own option', 'step', 'read', 'lowest'],
           [(arm, [len(runs), *(runs[0][name] for name in GRID), runs[0].get(arm, ''), runs[0]['step'], runs[0]['read'],
                   f'{runs[0]["ce"]:.4f}']) for arm in NAMES if (runs := tuning.get(arm))])
-    table('test', ['seeds', 'endpoint', 'less T_0', 't', 'times the data', 'p', 'p, temperature fitted',
+    table('test', ['seeds', 'endpoint', 'minus T_0', 't', 'times the data', 'p', 'p, temperature fitted',
                    'link, temperature fitted'], [(arm, test_row(test[arm], test)) for arm in NAMES if test[arm]])
     if all(len(test[arm]) == len(SEEDS) for arm in ARMS):
         verdict(tuning, test)

@@ -86,7 +86,7 @@ def table(data, arms):
         for arm, seeds in points.items():
             both = sorted(set(seeds) & set(points['t0']))
             if arm != 't0' and len(both) > 2:
-                print(f'| {NAMES[arm]}, less T_0 | {len(both)} | ' + ' | '.join(
+                print(f'| {NAMES[arm]}, minus T_0 | {len(both)} | ' + ' | '.join(
                     paired([seeds[s][key] - points['t0'][s][key] for s in both], digits[key])
                     for key in columns.values()) + ' |')
 

@@ -72,7 +72,7 @@ def table(arms, columns, point, title):
         if arm != 't0' and len(common) > 2:
             cells = [paired([seeds[s][key] - points['t0'][s][key] for s in common]) if key != 'epoch' and
                      key in seeds[common[0]] and key in points['t0'][common[0]] else '' for key in columns.values()]
-            print(f'| {NAMES[arm]}, less T_0 | {len(common)} | ' + ' | '.join(cells) + ' |')
+            print(f'| {NAMES[arm]}, minus T_0 | {len(common)} | ' + ' | '.join(cells) + ' |')
 
 
 def curve(ax, seeds, metric, colour, line, label=None):
