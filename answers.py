@@ -33,8 +33,8 @@ from model import GPT, GPTConfig, ScalarHead
 from runs import Machine, RunConfig, StopSignal, load_checkpoint, save_checkpoint
 
 DATA, TEACHER = -1, -2  # who wrote an answer; t >= 0 is pi_t
-MASK_ENTRIES = 2 ** 25  # maximum size of a micro-batch's attention masks
-ROW_TOKENS = 2048       # a longer row is split before the next answer: masks grow with the square of the length
+ROW_TOKENS = 2048  # a longer row is split before the next answer: masks grow with the square of the length
+MICRO_TOKENS = dict(cpu=2 ** 13, cuda=2 ** 15, mps=2 ** 15)  # of a micro-batch: more than a CPU's cache holds is slower
 
 
 class Lab(NamedTuple):
@@ -180,8 +180,8 @@ def pack(batch, device='cpu'):
 def micro_batches(lab, batch, rows=None):
     """The prompts `rows` (None: all) -> this rank's share in micro-batches: a list of tensors of row numbers.
 
-    Sorted by length, to reduce padding. A micro-batch has micro_groups prompts or, if that is 0, as many as keep the
-    attention masks below MASK_ENTRIES.
+    Sorted by length, to reduce padding. A micro-batch has micro_groups prompts or, if that is 0, as many as fill
+    MICRO_TOKENS.
     """
     tokens = batch['prompt_length'] + (batch['answer_length'] + 1).sum(1)
     rows = torch.arange(len(tokens)) if rows is None else rows
@@ -192,7 +192,7 @@ def micro_batches(lab, batch, rows=None):
         return mine.split(lab.cfg.micro_groups)
     parts, first = [], 0
     for i, length in enumerate(tokens[mine].tolist()):  # all rows of a part are padded to its last
-        if i > first and (i + 1 - first) * length * min(length, ROW_TOKENS) > MASK_ENTRIES:
+        if i > first and (i + 1 - first) * length > MICRO_TOKENS[lab.machine.device.type]:
             parts.append(mine[first:i])
             first = i
     return [*parts, mine[first:]]

@@ -48,7 +48,7 @@ class Config(runs.RunConfig):
     groups_per_iteration: int = 0      # prompts per collection, over all ranks; 0 = all of train, held in memory
     inner_epochs: int = 1              # passes over each collection
     groups_per_step: int = 32          # prompts per update, over all ranks
-    micro_groups: int = 0              # prompts per micro-batch and rank; 0 = as many as keep attention masks small
+    micro_groups: int = 0              # prompts per micro-batch and rank; 0 = as many as fill answers.MICRO_TOKENS
     max_new_tokens: int = 128          # maximum length of a sampled answer; a prompt gets the rest of the block
     sample_batch: int = 64             # answers sampled at a time, per rank
     beta: float = 0.1                  # dpo, spin, distill, ppo: strength of the KL to the reference

@@ -62,7 +62,8 @@ def test_notes_say_what_options_mean(tmp_path, capsys):
 def test_one_long_ranking_does_not_split_the_others_apart():
     group = prepare_shp.Group(0, '', [1] * 5, [[2] * 9, [3]])
     batch = make_batch([group] * 99 + [group._replace(answers=[[a] * 400 for a in range(40)])])
-    lab = SimpleNamespace(cfg=SimpleNamespace(micro_groups=0), machine=SimpleNamespace(rank=0, world_size=1))
+    machine = SimpleNamespace(rank=0, world_size=1, device=torch.device('cpu'))
+    lab = SimpleNamespace(cfg=SimpleNamespace(micro_groups=0), machine=machine)
     assert [len(rows) for rows in micro_batches(lab, batch)] == [99, 1]
     assert sum(x.numel() for x in batch.values()) < 30_000  # tokens, and (prompts, answers) numbers
     assert pack(select(batch, torch.tensor([99]))).mask.numel() < 17_000 * ROW_TOKENS * 1.2
