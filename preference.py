@@ -92,7 +92,7 @@ class Config(runs.RunConfig):
             yield f"method='{self.method}' is not one of {', '.join(METHODS)}"
         if self.max_answers == 1:
             yield 'max_answers=1 leaves nothing to rank; use 2 or more, or 0 for all'
-        if not self.beta and self.method in ('dpo', 'spin', 'distill'):
+        if not self.beta and issubclass(METHODS.get(self.method, Method), (DPO, SPIN)):
             yield f'beta=0 makes all scores of method={self.method} equal, so nothing is learned; use a larger beta'
         for option, idle, need in (('sft_order', not self.sft_weight, 'sft_weight'),
                                    ('league', self.opponents == 1, 'two or more opponents'),
@@ -206,6 +206,7 @@ def main(cfg):
                 length = batch['answer_length'][picked]
                 counts = dict(iteration=iteration, update=update, groups=len(picked), tokens=int(length.sum()),
                               best_tokens=int(length[:, 0].sum()))
+                runs.seed_everything(cfg.seed, step + 1, machine.rank)
                 stats = accumulate(method, updates, batch, picked, counts)
                 lr = cfg.learning_rate * runs.lr_factor(step, cfg)
                 updates.clip_and_step(step + 1, save_state)
@@ -623,7 +624,7 @@ class PPO(Method):
 
 METHODS = dict(dpo=DPO, spin=SPIN, distill=Distillation, reward=RewardModel, ppo=PPO)
 __doc__ += '\nMethods:\n' + ''.join(  # for --help
-    f'\n    {name:<10} {method.__doc__.splitlines()[0]}\n{"":<15}options: {", ".join(method.options)}'
+    f'\n    {name:<10} {(method.__doc__ or name).splitlines()[0]}\n{"":<15}options: {", ".join(method.options)}'
     for name, method in METHODS.items())
 
 

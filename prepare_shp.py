@@ -195,9 +195,11 @@ def read(row, where, columns={}):
             ranking = read_foreign(row, columns)
         else:
             ranking = reader(row)
-    except (KeyError, TypeError, AttributeError) as error:
+        answers, scores = ranking.answers, ranking.scores
+    except ValueError:
+        raise
+    except Exception as error:
         raise ValueError(f'does not match its schema ({type(error).__name__}: {error})')
-    answers, scores = ranking.answers, ranking.scores
     if scores is None:
         scores = range(0, -len(answers), -1)  # min_score_ratio does not apply to scores of 0 or less
     if not all(isinstance(x, (list, tuple, range)) for x in (answers, scores)) or len(answers) != len(scores):

@@ -315,14 +315,20 @@ def describe(cfg, machine, model_config, data, optimizers, **fixed):
                            optimizers=[type(optimizer).__name__ for optimizer in optimizers],
                            eval_split=cfg.eval_split, **fixed),
                 machine=dict(ranks=machine.world_size, device=machine.device.type, dtype=str(machine.dtype),
-                             compile=machine.compile, torch=str(torch.__version__),
-                             model_py=f'{zlib.crc32(Path(inspect.getfile(type(model_config))).read_bytes()):08x}'))
+                             compile=machine.compile, torch=str(torch.__version__)), code=code())
+
+
+def code():
+    """The loaded source files of the project, by name, each with its crc32: an edit is told by a resume."""
+    root = Path(__file__).parent
+    loaded = {root / f'{name.replace(".", "/")}.py' for name in list(sys.modules)} | {Path(sys.argv[0]).resolve()}
+    return {path.name: f'{zlib.crc32(path.read_bytes()):08x}' for path in sorted(loaded) if path.is_file()}
 
 
 def check_resume(state, now):
     """Raises Refusal for a checkpoint of another run, or beyond this run's last step. `now`: what this run would save.
 
-    Returns 'exact', or the changes of options and machine since then.
+    Returns 'exact', or the changes of options, machine and source files since then.
     """
     for name, was in state['fixed'].items():
         if now['fixed'].get(name) != was:
@@ -333,6 +339,7 @@ def check_resume(state, now):
                       f'{now["config"]["max_iters"]}; set more steps, or choose another --out_dir')
     changed = [f'{k} {was} -> {now[part].get(k)}' for part in ('config', 'machine') for k, was in state[part].items()
                if now[part].get(k) != was and (part == 'machine' or k not in INCIDENTAL)]
+    changed += [name for name, was in state.get('code', {'source files': ''}).items() if now['code'].get(name) != was]
     return f'changed: {", ".join(changed)}' if changed else 'exact'
 
 
@@ -501,6 +508,8 @@ def load_weights(where, which='best', make=''):
     state = load_checkpoint(where, 'best.pt' if which == 'best' else None, make)
     if os.environ.get('RANK', '0') == '0':
         print(f'{where}: {which} checkpoint, step {state["step"]}', flush=True)
+        if 'code' in state and state['code']['model.py'] != code()['model.py']:
+            print(f'note: model.py has been edited since {where} was written; its weights may mean another model now')
     return state
 
 
@@ -597,6 +606,9 @@ class Updates:
     def __init__(self, optimizers, modules, cfg, machine):
         self.optimizers, self.modules, self.cfg, self.machine = optimizers, modules, cfg, machine
         self.rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
+        updated = {p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']}
+        if left := sum(p.requires_grad and p not in updated for module in modules for p in module.parameters()):
+            raise Refusal(f'{left} trained tensors are in no optimizer; add them, or freeze them with requires_grad_')
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.skipped = self.skipped_in_a_row = 0
         self.norm = math.nan
@@ -658,7 +670,10 @@ class Updates:
 
     def load_state_dict(self, state):
         for optimizer, saved in zip(self.optimizers, state['optimizers']):
-            optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved['state']))  # with this run's options
+            own = optimizer.state_dict()
+            if [group['params'] for group in own['param_groups']] != [group['params'] for group in saved['param_groups']]:
+                raise Refusal('cannot resume: the optimizer groups its parameters in another way than in the checkpoint')
+            optimizer.load_state_dict(dict(own, state=saved['state']))  # with this run's options
         if state['scaler']:  # only with float16
             self.scaler.load_state_dict(state['scaler'])
         self.skipped = state['skipped']

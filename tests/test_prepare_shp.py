@@ -278,6 +278,13 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize('reader', [lambda row: row['x'][9], lambda row: None])
+def test_a_reader_that_fails_makes_a_bad_row(monkeypatch, reader):
+    monkeypatch.setattr(prepare_shp, 'READERS', [(('x',), reader)])
+    with pytest.raises(ValueError, match='does not match its schema .(IndexError|AttributeError)'):
+        prepare_shp.read(dict(x=[]), 'rows:1')
+
+
 def test_bad_rows_are_counted_by_reason():
     good = [row(post_id=f'{i}', history=f'q{i}', score_B=i % 3 - 1) for i in range(200)]  # scores <= 0 are fine
     lines = [json.dumps(r).encode() for r in [*good[:100], *BAD.values(), *good[100:]]]

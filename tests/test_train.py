@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock, call
 
@@ -135,12 +136,28 @@ def test_refusals_are_sentences_and_cost_nothing(tmp_path):
     assert load_checkpoint(out)['step'] == 2 and not (out / 'ckpt_00000004.pt').exists()
 
 
-def test_resume_tells_of_changed_options(tmp_path, capsys):
+def test_resume_tells_of_changed_options_and_source_files(tmp_path, capsys, monkeypatch):
     train.main(config(tmp_path / 'run', stop_step=2, resume=True))
     assert 'nothing to resume' in capsys.readouterr().out
+    monkeypatch.setattr(runs, 'code', lambda code=runs.code: code() | {'losses.py': 'edited', 'model.py': 'edited'})
     train.main(config(tmp_path / 'run', stop_step=3, resume=True, learning_rate=1e-2, dtype='bfloat16'))
     found = re.search('resumed at step 2 .changed: (.*)[)]', capsys.readouterr().out)[1].split(', ')
-    assert sorted(found) == ['dtype torch.float32 -> torch.bfloat16', 'learning_rate 0.001 -> 0.01']
+    assert found == ['learning_rate 0.001 -> 0.01', 'dtype torch.float32 -> torch.bfloat16', 'losses.py', 'model.py']
+    monkeypatch.undo()
+    runs.load_weights(tmp_path / 'run', 'last')
+    assert 'note: model.py has been edited since' in capsys.readouterr().out
+
+
+def test_optimizers_hold_all_parameters_and_a_resume_needs_the_same_groups():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    make = partial(runs.Updates, modules=[model], cfg=train.Config(), machine=runs.setup('cpu'))
+    with pytest.raises(Refusal, match='2 trained tensors are in no optimizer'):
+        make([torch.optim.SGD(model[0].parameters())])
+    state = make([torch.optim.SGD(model.parameters())]).state_dict()
+    with pytest.raises(Refusal, match='groups its parameters in another way'):
+        make([torch.optim.SGD(runs.decay_groups([model], train.Config()))]).load_state_dict(state)
+    model[1].requires_grad_(False)
+    make([torch.optim.SGD(model[0].parameters())])
 
 
 def test_a_run_that_is_extended_keeps_its_last_evaluation(tmp_path, monkeypatch):
