@@ -120,9 +120,8 @@ def table(section, runs):
         print(f'\n{section}: not stored yet: {", ".join(missing)}')
     if section == 'chain':
         arms = [arm for pair in zip(map(BASE.get, arms), arms) for arm in pair]
-    head = ('arm', 'seeds', 'last quarter', 'best', 'stopped early', 'rank_accuracy', 'sqrt(KL)', 'reward', 'M tokens',
-            'exact_groups', 'compared with', 'difference, last quarter', 'difference, equal KL', 'up to sqrt(KL)')
-    print(f'\n| {" | ".join(head)} |\n|{"---|" * len(head)}')
+    rows = [('arm', 'seeds', 'last quarter', 'best', 'stopped early', 'rank_accuracy', 'sqrt(KL)', 'reward', 'M tokens',
+             'exact_groups', 'compared with', 'difference, last quarter', 'difference, equal KL', 'up to sqrt(KL)')]
     for arm in [arm for arm in arms if arm in runs]:
         seeds, base = runs[arm], runs.get(BASE.get(arm), {})
         evals, both = list(seeds.values()), [(seeds[s], base[s]) for s in seeds if s in base]
@@ -131,11 +130,18 @@ def table(section, runs):
         ends = [cell([run[-1].get(name) for run in evals], digits)
                 for name, digits in (('rank_accuracy', 3), ('root', 2), ('reward', 2), ('millions', 2))]
         equal = [equal_kl(*pair) for pair in both] if section in ('dpo', 'ppo') else []
-        cells = [arm, str(len(evals)), cell([late(run) for run in evals]), cell(best),
-                 cell([early(run) for run in evals]), *ends, cell(exact, 2), BASE[arm] if both else '',
-                 cell([late(one) - late(two) for one, two in both], test=True),
-                 cell([gap for gap, _ in equal], test=True), ', '.join(f'{end:.2f}' for _, end in equal)]
+        rows.append((arm, str(len(evals)), cell([late(run) for run in evals]), cell(best),
+                     cell([early(run) for run in evals]), *ends, cell(exact, 2), BASE[arm] if both else '',
+                     cell([late(one) - late(two) for one, two in both], test=True),
+                     cell([gap for gap, _ in equal], test=True), ', '.join(f'{end:.2f}' for _, end in equal)))
+    rows = list(zip(*(column for column in zip(*rows) if any(column[1:]))))  # no column that is empty here
+    rows.insert(1, ['---'] * len(rows[0]))
+    print()
+    for cells in rows:
         print(f'| {" | ".join(cells)} |')
+    over = [arm for arm in arms if arm in runs and all(
+        max(e['true_quality'] for e in run) - late(run) >= 0.06 for run in runs[arm].values())]
+    print(f'\nOver-optimised: {", ".join(over) or "none"}')
 
 
 def reddit(runs):
