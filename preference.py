@@ -282,7 +282,7 @@ def open_lab(cfg, machine, data):
         lab.groups[split], words = usable_rankings(lab, data.groups(split))
         if words:
             machine.print(f'note: rankings of {split}, with a block of {block_size} tokens and max_new_tokens='
-                          f'{cfg.max_new_tokens}: {words}')
+                          f'{cfg.max_new_tokens}: {words}; a larger block or a smaller max_new_tokens cuts less')
     if start.get('link_order'):
         machine.print(f'note: {cfg.init_from} was trained with T_{start["link_order"]}: its probabilities are '
                       'under-confident by design, and answers are sampled from them without the link')

@@ -339,6 +339,9 @@ def check_resume(state, now):
                       f'{now["config"]["max_iters"]}; set more steps, or choose another --out_dir')
     changed = [f'{k} {was} -> {now[part].get(k)}' for part in ('config', 'machine') for k, was in state[part].items()
                if now[part].get(k) != was and (part == 'machine' or k not in INCIDENTAL)]
+    if changed and state['step'] == state['config']['max_iters'] == now['config']['max_iters']:
+        raise Refusal(f'this run is finished, and would be evaluated again with other options ({", ".join(changed)}); '
+                      'leave them out, set more steps, or choose another --out_dir')
     changed += [name for name, was in state.get('code', {'source files': ''}).items() if now['code'].get(name) != was]
     return f'changed: {", ".join(changed)}' if changed else 'exact'
 
@@ -671,8 +674,9 @@ class Updates:
     def load_state_dict(self, state):
         for optimizer, saved in zip(self.optimizers, state['optimizers']):
             own = optimizer.state_dict()
-            if [group['params'] for group in own['param_groups']] != [group['params'] for group in saved['param_groups']]:
-                raise Refusal('cannot resume: the optimizer groups its parameters in another way than in the checkpoint')
+            was, now = ([group['params'] for group in of['param_groups']] for of in (saved, own))
+            if was != now:
+                raise Refusal('cannot resume: the optimizer groups its parameters in another way than before')
             optimizer.load_state_dict(dict(own, state=saved['state']))  # with this run's options
         if state['scaler']:  # only with float16
             self.scaler.load_state_dict(state['scaler'])

@@ -126,6 +126,7 @@ def test_refusals_are_sentences_and_cost_nothing(tmp_path):
                            (dict(resume=True, dataset='leaky', split='row'), 'cannot resume: data is'),
                            (dict(resume=True, taylor_order=1), 'loss is taylor_loss.n=0. in the .*n=1. here'),
                            (dict(resume=True, max_iters=3), 'at step 4, beyond max_iters=3'),
+                           (dict(resume=True, max_iters=4, learning_rate=0.5), 'finished, and would be .* -> 0.5'),
                            (dict(overwrite=True, block_size=100_000), 'do not fill a window of block_size=100000'),
                            (dict(overwrite=True, block_size=8_000), 'but no document is longer than [0-9]+ tokens'),
                            (dict(overwrite=True, block_size=8_000, cut='examples'), 'no document is longer than')):
