@@ -34,7 +34,7 @@ from runs import Machine, RunConfig, StopSignal, load_checkpoint, save_checkpoin
 
 DATA, TEACHER = -1, -2  # who wrote an answer; t >= 0 is pi_t
 ROW_TOKENS = 2048  # a longer row is split before the next answer: masks grow with the square of the length
-MICRO_TOKENS = dict(cpu=2 ** 13, cuda=2 ** 15, mps=2 ** 15)  # of a micro-batch: more than a CPU's cache holds is slower
+MICRO_TOKENS = dict(cpu=2 ** 12, cuda=2 ** 15, mps=2 ** 15)  # of a micro-batch: more than a CPU's cache holds is slower
 
 
 class Lab(NamedTuple):
@@ -183,7 +183,8 @@ def micro_batches(lab, batch, rows=None):
     Sorted by length, to reduce padding. A micro-batch has micro_groups prompts or, if that is 0, as many as fill
     MICRO_TOKENS.
     """
-    tokens = batch['prompt_length'] + (batch['answer_length'] + 1).sum(1)
+    length = batch['answer_length']
+    tokens = batch['prompt_length'] + (length + (length > 0).long()).sum(1)
     rows = torch.arange(len(tokens)) if rows is None else rows
     mine = rows[tokens[rows].argsort(stable=True)][lab.machine.rank::lab.machine.world_size]
     if not len(mine):

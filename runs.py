@@ -319,10 +319,10 @@ def describe(cfg, machine, model_config, data, optimizers, **fixed):
 
 
 def code():
-    """The loaded source files of the project, by name, each with its crc32: an edit is told by a resume."""
+    """The project's source files and the script that runs, each with its crc32, so that a resume tells of an edit."""
     root = Path(__file__).parent
-    loaded = {root / f'{name.replace(".", "/")}.py' for name in list(sys.modules)} | {Path(sys.argv[0]).resolve()}
-    return {path.name: f'{zlib.crc32(path.read_bytes()):08x}' for path in sorted(loaded) if path.is_file()}
+    files = {*root.glob('*.py'), *root.glob('extras/*.py'), Path(sys.argv[0]).resolve()}
+    return {path.name: f'{zlib.crc32(path.read_bytes()):08x}' for path in sorted(files) if path.is_file()}
 
 
 def check_resume(state, now):
