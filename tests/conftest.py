@@ -102,10 +102,10 @@ def content(state):
 
 
 def assert_same_run(*out_dirs):
-    """Two finished runs in all that they wrote, but for times, options and the files that only a stop keeps."""
+    """Two finished runs in all that they wrote, but for times, options, source files and what only a stop keeps."""
     for name in {path.name for out in out_dirs for path in (runs.checkpoints(out)[-1], *out.glob('best.pt'))}:
         a, b = (load_checkpoint(out, name) for out in out_dirs)
-        for part in (a.keys() | b.keys()) - {'seconds', 'config', 'machine'}:
+        for part in (a.keys() | b.keys()) - {'seconds', 'config', 'machine', 'code'}:
             assert content(a[part]) == content(b[part]), part
     for event in ('train', 'eval'):
         assert metrics(out_dirs[0], event) == metrics(out_dirs[1], event)
