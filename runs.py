@@ -322,7 +322,7 @@ def code():
     """The project's source files and the script that runs, each with its crc32, so that a resume tells of an edit."""
     root = Path(__file__).parent
     files = {*root.glob('*.py'), *root.glob('extras/*.py'), Path(sys.argv[0]).resolve()}
-    return {path.name: f'{zlib.crc32(path.read_bytes()):08x}' for path in sorted(files) if path.is_file()}
+    return {path.name: f'{zlib.crc32(path.read_bytes()):08x}' for path in sorted(files) if os.path.isfile(path)}
 
 
 def check_resume(state, now):
