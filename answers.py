@@ -183,8 +183,8 @@ def micro_batches(lab, batch, rows=None):
     Sorted by length, to reduce padding. A micro-batch has micro_groups prompts or, if that is 0, as many as fill
     MICRO_TOKENS.
     """
-    length = batch['answer_length']
-    tokens = batch['prompt_length'] + (length + (length > 0).long()).sum(1)
+    answers = batch['answer_length']
+    tokens = batch['prompt_length'] + (answers + (answers > 0)).sum(1)  # a row repeats the prompt's last token
     rows = torch.arange(len(tokens)) if rows is None else rows
     mine = rows[tokens[rows].argsort(stable=True)][lab.machine.rank::lab.machine.world_size]
     if not len(mine):

@@ -94,10 +94,11 @@ class Config(runs.RunConfig):
             yield 'max_answers=1 leaves nothing to rank; use 2 or more, or 0 for all'
         if not self.beta and issubclass(METHODS.get(self.method, Method), (DPO, SPIN)):
             yield f'beta=0 makes all scores of method={self.method} equal, so nothing is learned; use a larger beta'
+        changed = {option for option in self.given if getattr(self, option) != getattr(type(self)(), option)}
         for option, idle, need in (('sft_order', not self.sft_weight, 'sft_weight'),
                                    ('league', self.opponents == 1, 'two or more opponents'),
                                    ('monotone', self.moment_order == 2, 'moment_order=3')):
-            if option in self.given and getattr(self, option) != getattr(type(self)(), option) and idle:
+            if option in changed and idle:
                 yield f'{option} has no effect without {need}; leave it out'
         if self.anchor_first and self.opponents < 2:
             yield 'anchor_first=True needs --opponents=2 or more: a single opponent would always be pi_0'
@@ -109,9 +110,8 @@ class Config(runs.RunConfig):
                    f'{self.groups_per_step}')
         if self.method in METHODS:
             others = {option: name for name, method in METHODS.items() for option in method.options}
-            for option in sorted(self.given & others.keys() - set(METHODS[self.method].options)):
-                if getattr(self, option) != getattr(type(self)(), option):
-                    yield f'{option} has no effect with method={self.method}; leave it out'
+            for option in sorted(changed & others.keys() - set(METHODS[self.method].options)):
+                yield f'{option} has no effect with method={self.method}; leave it out'
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
