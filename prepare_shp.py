@@ -196,10 +196,10 @@ def read(row, where, columns={}):
         else:
             ranking = reader(row)
         answers, scores = ranking.answers, ranking.scores
-    except ValueError:
-        raise
     except Exception as error:
-        raise ValueError(f'does not match its schema ({type(error).__name__}: {error})')
+        reason = str(error)[:200]  # it may quote the row
+        raise ValueError(reason if isinstance(error, ValueError) else
+                         f'does not match its schema ({type(error).__name__}: {reason})')
     if scores is None:
         scores = range(0, -len(answers), -1)  # min_score_ratio does not apply to scores of 0 or less
     if not all(isinstance(x, (list, tuple, range)) for x in (answers, scores)) or len(answers) != len(scores):

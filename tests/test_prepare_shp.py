@@ -278,10 +278,12 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize('reader', [lambda row: row['x'][9], lambda row: None])
-def test_a_reader_that_fails_makes_a_bad_row(monkeypatch, reader):
+@pytest.mark.parametrize('reader, words', [
+    (lambda row: row['x'][9], 'does not match its schema .IndexError'),
+    (lambda row: None, 'does not match its schema .AttributeError'), (lambda row: float('y' * 999), '^.{200}$')])
+def test_a_reader_that_fails_makes_a_bad_row(monkeypatch, reader, words):
     monkeypatch.setattr(prepare_shp, 'READERS', [(('x',), reader)])
-    with pytest.raises(ValueError, match='does not match its schema .(IndexError|AttributeError)'):
+    with pytest.raises(ValueError, match=words):
         prepare_shp.read(dict(x=[]), 'rows:1')
 
 
