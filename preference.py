@@ -144,8 +144,7 @@ def main(cfg):
             for name, module in method.trained.items():
                 module.load_state_dict(state[name])
             updates.load_state_dict(state)
-            method.load_state_dict(state['method'])
-            step, tokens, sampled_tokens, best, evaluated, ended, facts = state['loop']
+            step, tokens, sampled_tokens, best, evaluated, ended, facts, method.state = state['loop']
             seconds, lab.selves.hashes = state['seconds'], state['selves']
             if step % per_iteration:
                 batch = read_iteration(lab, step // per_iteration)
@@ -168,9 +167,9 @@ def main(cfg):
 
         def save_state(due=False):
             # an evaluation that is due is repeated by a resume, as is that of step 0, which is cut from metrics.jsonl
-            loop = step, tokens, sampled_tokens, best, -1 if due or not step else evaluated, ended, facts
-            save(loop=loop, selves=lab.selves.hashes, seconds=clock.seconds(), method=method.state_dict(),
-                 **updates.state_dict())
+            shown = -1 if due or not step else evaluated
+            loop = step, tokens, sampled_tokens, best, shown, ended, facts, method.state
+            save(loop=loop, selves=lab.selves.hashes, seconds=clock.seconds(), **updates.state_dict())
 
         with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
             while True:
@@ -204,23 +203,21 @@ def main(cfg):
                                   f'tokens, collected in {clock.parts["collection"]:.1f} s')
                 picked = step_prompts(lab, batch, iteration, update)
                 length = batch['answer_length'][picked]
-                counts = dict(iteration=iteration, update=update, groups=len(picked), tokens=int(length.sum()),
-                              best_tokens=int(length[:, 0].sum()))
+                counts = dict(iteration=iteration, update=update, last=update + 1 == per_iteration, step=step + 1,
+                              groups=len(picked), tokens=int(length.sum()), best_tokens=int(length[:, 0].sum()))
                 runs.seed_everything(cfg.seed, step + 1, machine.rank)
                 stats = accumulate(method, updates, batch, picked, counts)
                 lr = cfg.learning_rate * runs.lr_factor(step, cfg)
                 updates.clip_and_step(step + 1, save_state)
                 step, tokens = step + 1, tokens + counts['tokens']
-                last = step % per_iteration == 0
+                last = counts['last']
                 stopped, = machine.sum([stop.number])
                 if update == 0 or last or step % cfg.log_interval == 0 or method.after_update:
                     stats = dict(zip(stats, machine.sum(torch.stack(list(stats.values())).tolist())))
                 facts |= {name: value for name, value in stats.items() if name.endswith('_first')}
                 if step == 1:
                     machine.print(f'first update: {runs.in_words(stats)}')
-                verdict = method.after_update and method.after_update(
-                    dict(iteration=iteration, update=update, step=step, last=last,
-                         updates_per_pass=per_iteration // cfg.inner_epochs), stats)
+                verdict = method.after_update and method.after_update(counts, stats)
                 ended = verdict == 'end'
                 if verdict == 'next':
                     step, last = min((iteration + 1) * per_iteration, cfg.max_iters), True
@@ -289,8 +286,6 @@ def open_lab(cfg, machine, data):
     total = cfg.iterations * updates_per_iteration(lab)
     if cfg.max_iters > total:
         machine.print(f'note: max_iters={cfg.max_iters} is more than the {total} updates of all iterations')
-    elif 0 < cfg.max_iters < total:
-        machine.print(f'note: max_iters={cfg.max_iters} ends the run before the {total} updates of all iterations')
     cfg = replace(cfg, max_iters=min(cfg.max_iters or total, total))
     if cfg.max_iters < 20:
         machine.print(f'note: only {cfg.max_iters} update(s) in total; for more, use a smaller groups_per_step or more '
@@ -308,15 +303,11 @@ def what_stays(lab, method):
 
 
 def start_folders(lab, step):
-    """Makes iterations/ and selves/. A new run empties them and saves pi_0."""
-    iterations, selves = (Path(lab.cfg.out_dir) / name for name in ('iterations', 'selves'))
-    for folder in (iterations, selves):
-        folder.mkdir(exist_ok=True)
+    """Makes iterations/ and selves/. A new run saves pi_0."""
+    for name in 'iterations', 'selves':
+        (Path(lab.cfg.out_dir) / name).mkdir(exist_ok=True)
     if step == 0:
-        kept = runs.save_checkpoint(selves, dict(lab.start, step=0), '0000.pt')
-        for path in (*iterations.glob(runs.NUMBERED), *selves.glob(runs.NUMBERED)):
-            if path != kept:
-                path.unlink()
+        runs.save_checkpoint(Path(lab.cfg.out_dir) / 'selves', dict(lab.start, step=0), '0000.pt')
 
 
 # Methods -------------------------------------------------------------------------------------------------------------
@@ -333,7 +324,8 @@ class Method:
     best = ''           # the metric that selects best.pt; '' = the latest is the best
     top = None          # number of stages of a ranking in the loss; None = all
     scorer = None       # a ScalarHead that scores the samples of an evaluation
-    after_update = None  # or (when, stats) -> 'next' iteration, 'end' of the run, or None; a GPU waits for the stats
+    state = None        # what a resume restores besides the modules: numbers, tensors and lists of them
+    after_update = None  # or (counts, stats) -> 'next' iteration, 'end' of the run, or None; a GPU waits for the stats
 
     def __init__(self, lab):
         """Makes the modules, by name: the trained ones, which the loop updates and saves, and the frozen ones."""
@@ -350,7 +342,7 @@ class Method:
 
     def collect(self, iteration, step):
         """The answers of an iteration -> a batch (answers.py lists its keys), and numbers for the log."""
-        raise NotImplementedError
+        return make_batch(self.rankings(iteration)), {}
 
     def score(self, rows):
         """s = beta (log pi(y|x) - log pi_ref(y|x)), (G, K), and log p of each answer token, (M,)."""
@@ -366,7 +358,11 @@ class Method:
         return dict(score=score) if log_p is None else dict(score=score, log_p=rows.per_answer(log_p))
 
     def loss(self, rows, counts):
-        """Rows of a micro-batch -> loss, stats: sums over its prompts, divided by the counts of the whole step."""
+        """Rows of a micro-batch -> loss, stats: sums over its prompts, divided by the counts of the whole step.
+
+        counts: groups, tokens and best_tokens (of the best answers) over all ranks; step, iteration, update (its
+        number within the iteration) and last (whether it is the iteration's last update).
+        """
         cfg, valid, G = self.lab.cfg, rows.valid(), counts['groups']
         score, log_p = self.score(rows)
         loss = plackett_luce_loss(score, cfg.rank_order, valid, self.top).sum() / G
@@ -387,12 +383,6 @@ class Method:
         """Additional metrics, from fresh samples and their rewards by `scorer`, (G,) or None."""
         return {}
 
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
     def forward(self, name):
         """A trained module; the wrapped one if gradients are computed."""
         return self.wrapped[name] if torch.is_grad_enabled() else self.trained[name]
@@ -404,8 +394,9 @@ class DPO(Method):
     best = 'rank_accuracy'
 
     def collect(self, iteration, step):
-        lab, batch = self.lab, make_batch(self.rankings(iteration))
-        return dict(batch, ref_log_p=log_prob_under(lab, self.start, batch, lab.cfg.token_order)['taylor']), {}
+        batch, facts = super().collect(iteration, step)
+        found = log_prob_under(self.lab, self.start, batch, self.lab.cfg.token_order)
+        return dict(batch, ref_log_p=found['taylor']), facts
 
 
 class RewardModel(Method):
@@ -418,9 +409,6 @@ class RewardModel(Method):
         self.scorer = ScalarHead(self.trained['model'], lab.cfg.reward_read)
         self.scorer.offset.requires_grad_(False)  # report_reward_model centres it
         self.trained = dict(reward_model=self.scorer)
-
-    def collect(self, iteration, step):
-        return make_batch(self.rankings(iteration)), {}
 
     def score(self, rows):
         """s = r, (G, K), and log p of the tokens by the trunk's language head, (M,), or None if it is not needed."""
@@ -440,7 +428,7 @@ class SPIN(Method):
     def __init__(self, lab):
         super().__init__(lab)
         self.top = 1 if lab.cfg.league == 'tied' else None
-        self.margin = [0, 0.0, 0.0]  # of data over self: prompts, sum, sum of squares
+        self.state = [0, 0.0, 0.0]  # of the margin of data over self: prompts, sum, sum of squares
         if lab.cfg.margin_stop and iteration_size(lab) < 2 * lab.cfg.groups_per_step:
             lab.machine.print('note: margin_stop has no effect with one update per pass')
         groups, limit = lab.groups['train'], lab.cfg.max_new_tokens
@@ -480,32 +468,26 @@ class SPIN(Method):
         batch['log_p'] = torch.stack([log_p.get(who, torch.zeros(len(groups))) for who in ranked], 1)
         return dict(batch, ref_log_p=found['taylor']), dict(new_tokens=sampled)
 
-    def after_update(self, when, stats):
+    def after_update(self, counts, stats):
         """Ends self-play if the margin of data over self, over at least MARGIN_GROUPS prompts, is within its noise.
         """
         cfg = self.lab.cfg
         # prompts that are not trained on yet, and a policy that has moved away from pi_t
-        in_second_half = when['updates_per_pass'] <= 2 * when['update'] < 2 * when['updates_per_pass']
-        if in_second_half and when['step'] > cfg.warmup_iters:
-            n = cfg.groups_per_step
-            self.margin = [a + n * b for a, b in zip(self.margin, (1, stats['self_margin'], stats['self_square']))]
-        if not when['last'] or self.margin[0] < MARGIN_GROUPS:
+        size, n = iteration_size(self.lab), cfg.groups_per_step
+        if size / 2 <= counts['update'] * n < size and counts['step'] > cfg.warmup_iters:
+            self.state = [a + n * b for a, b in zip(self.state, (1, stats['self_margin'], stats['self_square']))]
+        count, total, squares = self.state
+        if not counts['last'] or count < MARGIN_GROUPS:
             return None
-        mean, error = mean_and_error(*self.margin)
-        self.margin = [0, 0.0, 0.0]
+        mean, self.state = total / count, [0, 0.0, 0.0]
+        error = math.sqrt(max(squares / count - mean ** 2, 0.0) / count)
         stats |= dict(self_margin_mean=mean, self_margin_error=error)
         if not cfg.margin_stop or mean > cfg.margin_stop * error:
             return None
-        self.lab.machine.print(f'self-play ends after iteration {when["iteration"]}: the margin of data over self is '
+        self.lab.machine.print(f'self-play ends after iteration {counts["iteration"]}: the margin of data over self is '
                                f'{mean:.4f} +- {error:.4f}, within the noise (last loss {stats["loss"]:.4f}, '
                                f'at chance {stats["chance_loss"]:.4f})')
         return 'end'
-
-    def state_dict(self):
-        return dict(margin=self.margin)
-
-    def load_state_dict(self, state):
-        self.margin = state['margin']
 
 
 class Distillation(SPIN):
@@ -515,7 +497,8 @@ class Distillation(SPIN):
     def __init__(self, lab):
         super().__init__(lab)
         self.top, self.held_out_answers = None, None
-        self.frozen = dict(teacher=open_teacher(lab))
+        from extras.teachers import open_teacher
+        self.frozen = dict(teacher=open_teacher(lab.cfg, lab.encoding, lab.groups['train']))
         if lab.cfg.reward_model:
             self.scorer = self.frozen['reward_model'] = frozen_reward_model(lab)
 
@@ -615,9 +598,9 @@ class PPO(Method):
     def report(self, evaluation, batch, reward):
         return dict(reward=reward.mean().item())
 
-    def after_update(self, when, stats):
-        if self.lab.cfg.kl_stop and stats['update_kl'] > self.lab.cfg.kl_stop and not when['last']:
-            self.lab.machine.print(f'step {when["step"]}: KL to the sampling policy {stats["update_kl"]:.3f}, above '
+    def after_update(self, counts, stats):
+        if self.lab.cfg.kl_stop and stats['update_kl'] > self.lab.cfg.kl_stop and not counts['last']:
+            self.lab.machine.print(f'step {counts["step"]}: KL to the sampling policy {stats["update_kl"]:.3f}, above '
                                    'kl_stop; starting the next iteration')
             return 'next'
 
@@ -640,17 +623,6 @@ def frozen_reward_model(lab):
         raise Refusal(f"reward_model={cfg.reward_model} has a block of {block} tokens, smaller than the policy's "
                       f'{lab.block_size}; train one from a start with a block of that size')
     return scorer
-
-
-def open_teacher(lab):
-    from extras import teachers
-    return teachers.open_teacher(lab.cfg, lab.encoding, lab.groups['train'])
-
-
-def mean_and_error(count, total, squares):
-    """Mean and standard error of `count` numbers with this sum and this sum of squares."""
-    mean = total / count
-    return mean, math.sqrt(max(squares / count - mean ** 2, 0.0) / count)
 
 
 # Iterations ----------------------------------------------------------------------------------------------------------
