@@ -136,7 +136,6 @@ class Rows(NamedTuple):
     place: torch.Tensor      # (M,): index in the flattened rows where each answer token is predicted
     owner: torch.Tensor      # (M,): which of the G * K answers it belongs to
     end: torch.Tensor        # (G, K): index in the flattened rows of an answer's last token
-    writers: set             # the generators of the answers, known on the host
     batch: dict              # the batch, on the device
 
     def per_answer(self, x):
@@ -173,7 +172,7 @@ def pack(batch, device='cpu'):
     place, owner = T * torch.tensor(row) + torch.tensor(column), torch.tensor(owner)
     end = torch.zeros(length.numel(), dtype=torch.long).scatter_reduce(0, owner, place + 1, 'amax').view_as(length)
     place, owner, end = (to_device(x, device) for x in (place, owner, end))
-    return Rows(idx, positions, mask[:, None], place, owner, end, set(batch['generator'].flatten().tolist()),
+    return Rows(idx, positions, mask[:, None], place, owner, end,
                 {name: to_device(x, device) for name, x in batch.items()})
 
 

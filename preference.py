@@ -368,16 +368,17 @@ class Method:
         loss = plackett_luce_loss(score, cfg.rank_order, valid, self.top).sum() / G
         chance = plackett_luce_loss(torch.zeros_like(score), cfg.rank_order, valid, self.top).sum() / G
         worst = score.gather(1, valid.sum(1, keepdim=True) - 1)
-        stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / G)
-        if counts['iteration'] in rows.writers:  # self-play: the margin of the data over the answers of pi_t
-            own = rows.batch['generator'] == counts['iteration']
-            margin = score[:, 0] - score.masked_fill(~own, 0.0).sum(1)
-            stats |= dict(self_margin=margin.sum() / G, self_square=margin.square().sum() / G)
+        stats = dict(loss=loss, chance_loss=chance, train_margin=(score[:, :1] - worst).sum() / G,
+                     **self.statistics(score, rows, counts))
         if cfg.sft_weight:
             sft = taylor_loss(log_p, cfg.sft_order).masked_fill(rows.owner % valid.shape[1] != 0, 0.0)
             stats['sft_loss'] = sft.sum() / counts['best_tokens']
             loss = loss + cfg.sft_weight * stats['sft_loss']
         return loss, stats
+
+    def statistics(self, score, rows, counts):
+        """Additional stats of `loss`, from the scores (G, K)."""
+        return {}
 
     def report(self, evaluation, batch, reward):
         """Additional metrics, from fresh samples and their rewards by `scorer`, (G,) or None."""
@@ -467,6 +468,12 @@ class SPIN(Method):
         log_p[iteration] = found['log_p'][:, list(ranked).index(iteration)]
         batch['log_p'] = torch.stack([log_p.get(who, torch.zeros(len(groups))) for who in ranked], 1)
         return dict(batch, ref_log_p=found['taylor']), dict(new_tokens=sampled)
+
+    def statistics(self, score, rows, counts):
+        """The margin of the data over the answers of pi_t, and its square."""
+        own = rows.batch['generator'] == counts['iteration']
+        margin = score[:, 0] - score.masked_fill(~own, 0.0).sum(1)
+        return dict(self_margin=margin.sum() / counts['groups'], self_square=margin.square().sum() / counts['groups'])
 
     def after_update(self, counts, stats):
         """Ends self-play if the margin of data over self, over at least MARGIN_GROUPS prompts, is within its noise.

@@ -200,7 +200,7 @@ def test_ranking_loss_by_brute_force(tmp_path, rank_order, token_order):
 
     As if the policy had written the second answers, which the data's lead by self_margin.
     """
-    lab, method = a_run(tmp_path, 'dpo', rank_order=rank_order, token_order=token_order, max_answers=0)
+    lab, method = a_run(tmp_path, 'spin', rank_order=rank_order, token_order=token_order)
     model, reference, batch = method.trained['model'].double(), the_start().double(), a_batch(lab, 6)
     batch['generator'][:, 1] = 0
     shake(model)
