@@ -636,7 +636,7 @@ class Updates:
                  for module in self.modules]
         norms = torch.stack([norms[0], sum(norms)])
         on_gpu = norms.device.type == 'cuda'
-        self.unread.append((step, norms.to('cpu', non_blocking=True),
+        self.unread.append((step, norms.to('cpu', non_blocking=on_gpu),
                             torch.cuda.current_stream().record_event() if on_gpu else None))
         self.read_norms(all_but=1 if self.ahead else 0)
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
