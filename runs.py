@@ -643,15 +643,13 @@ class Updates:
             save_state()  # all parameters are still finite
             raise Refusal(f'{MAX_SKIPPED_IN_A_ROW} gradients in a row were not finite, up to step {step}; the '
                           f'parameters before them are saved in {self.cfg.out_dir}; try a smaller learning_rate')
-        if self.ahead:
-            for optimizer in self.optimizers:
-                optimizer.found_inf = 1 - norms[1].isfinite().float()
-        if self.ahead or not self.skipped_in_a_row:
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
-        self.scaler.update()
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            if self.ahead:
+                optimizer.found_inf = 1 - norms[1].isfinite().float()
+            if self.ahead or not self.skipped_in_a_row:
+                self.scaler.step(optimizer)
+            optimizer.zero_grad()
+        self.scaler.update()
 
     def read_norms(self, all_but=0):
         """Reads the norms of all but the latest `all_but` steps -> the first module's norm, before clipping."""
