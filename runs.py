@@ -105,16 +105,15 @@ class Machine(NamedTuple):
         return things
 
     def on_rank_0(self, act):
-        """Calls act() on rank 0 and returns its result there; the others wait. If it raises Refusal, all ranks end."""
-        refusal = result = None
+        """Calls act() on rank 0; the others wait. If it raises Refusal, all ranks end."""
+        refusal = None
         if self.rank == 0:
             try:
-                result = act()
+                act()
             except (Refusal, OSError) as error:
                 refusal = error
         if self.sum([refusal is not None])[0]:
             raise refusal or SystemExit(1)
-        return result
 
     def print(self, *args):
         """Prints on rank 0. A closed output counts as a closed terminal (SIGHUP, which nohup ignores)."""
