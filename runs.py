@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import timeit
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass
@@ -167,15 +168,14 @@ def end_ranks():
 
 def matmul_peak(machine):
     """FLOP/s of a large square matrix product on this device, the reference of MFU."""
-    n, seconds = 1024 if machine.device.type == 'cpu' else 8192, []
+    n = 1024 if machine.device.type == 'cpu' else 8192
     a = torch.randn(n, n, dtype=machine.dtype, device=machine.device)
-    for _ in range(4):
-        synchronize(machine)
-        start = time.perf_counter()
+
+    def product():
         a @ a
         synchronize(machine)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n ** 3 / min(seconds)
+
+    return 2 * n ** 3 / min(timeit.repeat(product, number=1, repeat=4))
 
 
 def synchronize(machine):
