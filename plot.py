@@ -20,7 +20,7 @@ from runs import read_events, replacing
 SMOOTHING = 0.99  # of the moving average, for curves of 2500 points or more
 FEW_POINTS = 50   # a curve with fewer points has markers; one with fewer than 4 times as many is not smoothed
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#444444'  # Okabe & Ito: colour-blind safe
-NAMELESS = *NOT_RESUMED, 'log_interval'  # options that are not used in labels
+NAMELESS = *NOT_RESUMED, 'log_interval', 'taylor_order'  # not used in labels; the last is part of the loss's name
 
 
 class Panel(NamedTuple):
@@ -103,8 +103,6 @@ def labels(out_dirs):
         configs = [json.loads((Path(out_dir) / 'config.json').read_text()) for out_dir in out_dirs]
     except (OSError, ValueError):
         return folders
-    for config in configs:
-        config.pop('taylor_order', None)  # part of the loss's name
     keys = dict.fromkeys(['loss', *(key for config in configs for key in config)])
     differ = [key for key in keys if key not in NAMELESS and len({repr(config.get(key)) for config in configs}) > 1]
     names = [', '.join(f'{key}={config[key]}'.replace('$', r'\$') for key in differ if key in config)
