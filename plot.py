@@ -166,8 +166,8 @@ def plot(out_dirs, path=''):
     room, widths = 52 * columns, [len(key['label']) + 7 for key in keys]  # in characters, for the legend's columns
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * columns, 3.1 * rows + 0.4), dpi=160, layout='constrained')
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for ax, (panel, curves) in zip(axes, panels):
+        for place, (panel, curves) in enumerate(panels, 1):
+            ax = figure.add_subplot(rows, columns, place)
             draw(ax, curves)
             ax.set(title=panel.title, ylabel=panel.unit,
                    xlabel='√KL to the start' if panel.over else x if x == 'tokens' else 'steps')
@@ -192,8 +192,6 @@ def plot(out_dirs, path=''):
                 ax.set_yscale('log')
                 ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), minor_locator=NullLocator(),
                              major_formatter='{x:g}')
-        for ax in axes[len(panels):]:
-            ax.remove()
         figure.legend(handles=[Line2D([], [], **key) for key in keys], loc='outside lower center',
                       ncols=len(keys) if sum(widths) <= room else max(1, room // max(widths)))
         path = Path(path or ('plot.png' if len(runs) > 1 else
