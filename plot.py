@@ -155,9 +155,6 @@ def plot(out_dirs, path=''):
     if not panels:
         raise Refusal(f'the metrics of {names} have no curve to draw yet; let the run continue')
 
-    points_of = {}  # panels with the same first word in their titles share a scale
-    for panel, curves in panels:
-        points_of.setdefault(panel.title.split()[0], []).extend(p for points, _, _ in curves for p in points)
     keys = [dict(color=colour, linewidth=2, label=label) for colour, label in zip(COLOURS, labels(out_dirs))]
     if len(meanings) > 1:
         keys += [dict(color='#888888', linestyle=line, label=meaning) for meaning, line in meanings.items() if meaning]
@@ -184,9 +181,9 @@ def plot(out_dirs, path=''):
             if panel.limits:
                 ax.set_ylim(panel.limits[0], panel.limits[1] or 1.1 * ax.dataLim.y1)
                 continue
-            compared = points_of[panel.title.split()[0]]
+            compared = [point for other, curves in panels for points, _, _ in curves for point in points
+                        if other.title.split()[0] == panel.title.split()[0]]  # such panels share a scale
             ax.update_datalim(compared)
-            ax.autoscale_view()
             values = [y for _, y in compared]
             if panel.unit == 'nats per token' and max(values) > 4 * min(values) > 0:  # keeps the end legible
                 ax.set_yscale('log')
