@@ -84,36 +84,18 @@ def gpt2_logits(w, config, idx):
 # Import --------------------------------------------------------------------------------------------------------------
 
 
-def open_gpt2(name, encoding):
-    """A folder or a name of the Hub -> dict(model, model_config, encoding) of a GPT-2 with the data's vocabulary."""
-    folder = Path(name) if Path(name).exists() else fetch(name)
-    state = read_gpt2(folder)
-    if state['encoding'] != encoding.name:
-        raise Refusal(f"init_from={name} uses {state['encoding']}, but the data are in {encoding.name}; prepare the "
-                      'data with the same --encoding')
-    check_tokenizer(folder, encoding)
-    return state
+def open_gpt2(where, encoding):
+    """A folder or a name of the Hub -> dict(model, model_config, encoding), float32, in our names and shapes.
 
-
-def fetch(name):
-    """Downloads config.json and weights of a GPT-2 of the Hub -> the folder where huggingface_hub keeps them."""
-    for repository in (f'openai-community/{name}', name):  # a cache may have it under either name
-        try:
-            from huggingface_hub import snapshot_download
-            return Path(snapshot_download(repository, allow_patterns=['config.json', 'model.safetensors']))
-        except Exception as error:  # the network, the Hub and an incomplete cache raise many types
-            problem = f'{type(error).__name__}: {first_line(error)}'
-    raise Refusal(f'{name} could not be downloaded ({problem}); pip install huggingface_hub, check the network, set '
-                  'HF_HOME to a cache that has it, or name a folder with its config.json and model.safetensors')
-
-
-def read_gpt2(folder):
-    """A folder with config.json and weights -> dict(model, model_config, encoding), float32, in our names and shapes.
-
-    Raises Refusal for a config that our GPT does not support, and for a weight that is missing, unexpected, of another
-    shape or not finite.
+    Raises Refusal for another vocabulary than the data's, for a config that our GPT does not support, and for a weight
+    that is missing, unexpected, of another shape or not finite.
     """
+    folder = Path(where) if Path(where).exists() else fetch(where)
     config, given, weights = read_config(folder), {}, {}
+    if config.vocab_size != encoding.n_vocab:
+        raise Refusal(f'init_from={where} has a vocabulary of {config.vocab_size:,} tokens, but the data are in '
+                      f"{encoding.name}; prepare the data with the model's --encoding")
+    check_tokenizer(folder, encoding)
     for name, w in read_weights(folder).items():
         name = name if name == HEAD else 'transformer.' + name.removeprefix('transformer.')
         if not MASK.fullmatch(name):
@@ -135,9 +117,19 @@ def read_gpt2(folder):
             w = F.pad(w, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
         weights[name] = w.t().contiguous() if name.endswith(CONV1D) else w
     weights.setdefault(HEAD, weights[WTE])
-    names = {size: name for name, size in prepare_shp.VOCABULARIES.items()}
-    return dict(model=weights, model_config=dict(vars(config)),
-                encoding=names.get(config.vocab_size, f'a vocabulary of {config.vocab_size:,} tokens'))
+    return dict(model=weights, model_config=dict(vars(config)), encoding=encoding.name)
+
+
+def fetch(name):
+    """Downloads config.json and weights of a GPT-2 of the Hub -> the folder where huggingface_hub keeps them."""
+    for repository in (f'openai-community/{name}', name):  # a cache may have it under either name
+        try:
+            from huggingface_hub import snapshot_download
+            return Path(snapshot_download(repository, allow_patterns=['config.json', 'model.safetensors']))
+        except Exception as error:  # the network, the Hub and an incomplete cache raise many types
+            problem = f'{type(error).__name__}: {first_line(error)}'
+    raise Refusal(f'{name} could not be downloaded ({problem}); pip install huggingface_hub, check the network, set '
+                  'HF_HOME to a cache that has it, or name a folder with its config.json and model.safetensors')
 
 
 def read_config(folder):
