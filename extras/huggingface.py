@@ -192,13 +192,12 @@ def export(state, out_dir, folder):
     if final.exists():
         raise Refusal(f'export_hf={final} exists; name a new folder, or remove it')
     encoding, temporary = prepare_shp.encoding(state['encoding']), prepare_shp.temporary_folder(final.absolute())
-    main = 'model' if 'model' in state else 'reward_model'
+    weights = state['model' if 'model' in state else 'reward_model']
     try:
         temporary.mkdir(parents=True)
-        for name, place in ((main, temporary), ('critic', temporary / 'critic')):
-            if name in state:
-                config = state['critic_config' if name == 'critic' else 'model_config']
-                write_model(place, state[name], GPTConfig(**config), encoding)
+        write_model(temporary, weights, GPTConfig(**state['model_config']), encoding)
+        if 'critic' in state:
+            write_model(temporary / 'critic', state['critic'], GPTConfig(**state['critic_config']), encoding)
         write_tokenizer(temporary, encoding, state['model_config']['block_size'])
         (temporary / 'README.md').write_text(model_card(state, out_dir, final.name, encoding), encoding='utf-8')
         temporary.rename(final)
