@@ -162,7 +162,7 @@ def step(cfg, machine, n_embd):
     def ours(dtype, compile=False):  # as train.py does it
         gpt = GPT(config).to(machine.device)
         forward = torch.compile(gpt, dynamic=False) if compile else gpt
-        updates = make_updates(gpt, TrainConfig(warmup_iters=0), machine)
+        updates = make_updates([gpt], TrainConfig(warmup_iters=0), machine)
 
         def call():
             x, y = batch()
@@ -204,13 +204,8 @@ def preference(cfg, machine, K, prompt=256, answer=64):
                           lambda: plackett_luce_loss(0.1 * log_p_of(texts.to(machine.device))).mean(), fused=True)
 
     def packed(dtype, compile=False):  # as preference.py does it
-        lab = Lab(PreferenceConfig(warmup_iters=0, learning_rate=1e-3, weight_decay=0.01),
-                  machine._replace(dtype=dtype), None, {}, prompt + answer, None,
-                  dict(model=weights, model_config=asdict(config)), None)
-        method = METHODS['dpo'](lab)
-        gpt = method.trained['model'].to(machine.device)
-        method.wrapped = dict(model=torch.compile(gpt, dynamic=True) if compile else gpt)
-        updates = make_updates(gpt, lab.cfg, machine)
+        options = PreferenceConfig(warmup_iters=0, learning_rate=1e-3, weight_decay=0.01)
+        method, updates = start_method(options, machine._replace(dtype=dtype), weights, config, compile=compile)
 
         def call():
             stats = accumulate(method, updates, batch, torch.arange(G), dict(iteration=0, groups=G))
@@ -238,23 +233,15 @@ def iteration(cfg, machine, name, prompt=256, answer=64, steps=4):
 
     def make(dtype):
         options = PreferenceConfig(method=name, groups_per_step=cfg.groups, max_new_tokens=answer, learning_rate=1e-2)
-        start = dict(model=GPT(config).state_dict(), model_config=asdict(config))
-        nothing = SimpleNamespace(eot_token=-1, number=0, flags=list, note=lambda *args, **more: None)
-        lab = Lab(options, machine._replace(dtype=dtype), nothing, dict(train=groups), prompt + answer, nothing, start,
-                  nothing)  # no encoding, signals or past selves: all answers have full length
-        scorer = ScalarHead(GPT(config)).eval().requires_grad_(False)
+        weights, scorer = GPT(config).state_dict(), ScalarHead(GPT(config)).eval().requires_grad_(False)
         torch.nn.init.normal_(scorer.head.weight)
         with patch('preference.frozen_reward_model', return_value=scorer):
-            method = METHODS[name](lab)
-        for module in (*method.trained.values(), *method.frozen.values()):
-            module.to(machine.device)
-        method.wrapped = method.trained
-        updates = make_updates(torch.nn.ModuleList(method.trained.values()), options, machine)
+            method, updates = start_method(options, machine._replace(dtype=dtype), weights, config, groups)
 
         def call():
             batch, _ = method.collect(0, 0)
             for update in range(steps):
-                rows = step_prompts(lab, batch, 0, update)
+                rows = step_prompts(method.lab, batch, 0, update)
                 counts = dict(tokens=int(batch['answer_length'][rows].sum()), groups=len(rows))
                 stats = accumulate(method, updates, batch, rows, dict(counts, iteration=0, update=update))
                 updates.clip_and_step(1, None)
@@ -278,8 +265,21 @@ def plain_step(machine, dtype, gpt, loss_of_a_batch, fused):
     return call
 
 
-def make_updates(gpt, cfg, machine):
-    return Updates([torch.optim.AdamW(decay_groups([gpt], cfg), lr=cfg.learning_rate, fused=True)], [gpt], cfg, machine)
+def start_method(cfg, machine, weights, config, groups=None, compile=False):
+    """A method and its updates, as preference.py makes them. All sampled answers have full length."""
+    nothing = SimpleNamespace(eot_token=-1, number=0, note=lambda *args, **more: None)  # encoding, signals, past selves
+    method = METHODS[cfg.method](Lab(cfg, machine, nothing, dict(train=groups), config.block_size, nothing,
+                                     dict(model=weights, model_config=asdict(config)), nothing))
+    for module in (*method.trained.values(), *method.frozen.values()):
+        module.to(machine.device)
+    method.wrapped = {name: torch.compile(module, dynamic=True) if compile else module
+                      for name, module in method.trained.items()}
+    return method, make_updates(list(method.trained.values()), cfg, machine)
+
+
+def make_updates(modules, cfg, machine):
+    adam = torch.optim.AdamW(decay_groups(modules, cfg), lr=cfg.learning_rate, fused=True)
+    return Updates([adam], modules, cfg, machine)
 
 
 def generate(cfg, machine, batch, prompt=64, new=128):
