@@ -111,8 +111,7 @@ class Evaluation:
             return F.embedding_bag(batch['answer'], weight, starts, mode='sum').view_as(batch['answer_length'])
 
         for _ in range(100):
-            with torch.enable_grad():
-                loss = plackett_luce_loss(bag(train), 0, train['answer_length'] > 0).mean()
+            loss = plackett_luce_loss(bag(train), 0, train['answer_length'] > 0).mean()
             weight.grad, = torch.autograd.grad(loss, weight)
             adam.step()
         valid = held['answer_length'] > 0
@@ -181,8 +180,7 @@ def report_reward_model(evaluation, batch, reward):
     """
     offset = evaluation.method.scorer.offset
     if reward.isfinite().all():
-        with torch.no_grad():
-            offset -= reward.mean().to(offset.device)
+        offset -= reward.mean().to(offset.device)
     reward -= reward.mean()  # samples.jsonl has the centred rewards
     metrics = dict(reward_std=reward.std(correction=0).item())
     if evaluation.toy:
