@@ -315,13 +315,12 @@ def loss_name(loss):
     return name
 
 
-def chunk_rows(N, V, C, dtype, device='cpu'):
+def chunk_rows(N, V, C, dtype, device):
     """Rows per chunk of logits. On a CPU, few enough for its cache, but more for wide models, since each chunk adds to
     a (V, C) gradient, and for small vocabularies (measured on two CPUs). On a GPU 2^28 logits, 512 MiB of bfloat16.
     """
-    if device == 'cuda':
-        return max(1, min(N, 2 ** 28 // V))
-    return max(1, min(N, max(128, min(8 * C // dtype.itemsize, 1024), 2 ** 20 // V)))
+    most = 2 ** 28 // V if device == 'cuda' else max(128, min(8 * C // dtype.itemsize, 1024), 2 ** 20 // V)
+    return max(1, min(N, most))
 
 
 ECE_BINS = 15  # of equal width
