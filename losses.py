@@ -179,7 +179,7 @@ class _LinearTokenLogProb(torch.autograd.Function):
         chunks, log_ps = _chunks(hidden, weight.to(dtype), targets, vocab_size), []
         for chunk in chunks:
             log_ps.append(chunk[-1])
-        ctx.kept = [chunk] if len(log_ps) == 1 and any(wanted) else None
+        ctx.kept = [chunk] if len(log_ps) == 1 else None
         ctx.rest = vocab_size, dtype, wanted
         return torch.cat([hidden.new_zeros(0, dtype=_exact(dtype)), *log_ps])
 
