@@ -455,8 +455,6 @@ def save_checkpoint(out_dir, state, name=None):
     path = Path(out_dir) / (name or f'ckpt_{state["step"]:08d}.pt')
     with replacing(path) as f:
         torch.save(state, f)
-        f.flush()
-        check_sums(f.name)
     for old in checkpoints(out_dir)[:-2]:
         old.unlink()
     return path
@@ -482,19 +480,14 @@ def load_checkpoint(where, name=None, make=''):
                       + (f'make one with: {make}' if make else 'name the folder of a run'))
     for path in paths:
         try:
-            check_sums(path)
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():  # torch.load itself checks no CRC
+                    raise OSError(f'wrong checksum of {bad}')
             return torch.load(path, map_location='cpu', weights_only=True)
         except Exception as error:  # zipfile and the unpickler raise many types after a flipped bit
             print(f'warning: {path} is damaged ({type(error).__name__}: {first_line(error)}) and is skipped',
                   flush=True)
     raise Refusal(f'there is no valid checkpoint in {where}; use another run, or train it again with --overwrite=True')
-
-
-def check_sums(path):
-    """Raises an exception if the zip archive of a checkpoint is damaged: torch.load itself checks no CRC."""
-    with zipfile.ZipFile(path) as archive:
-        if bad := archive.testzip():
-            raise OSError(f'wrong checksum of {bad}')
 
 
 # Other runs ----------------------------------------------------------------------------------------------------------
