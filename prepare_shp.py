@@ -411,6 +411,8 @@ def temporary_folder(final):
             os.kill(int(other.name.rpartition('-')[2]), 0)
         except ProcessLookupError:
             shutil.rmtree(other, ignore_errors=True)
+        except PermissionError:  # another user's process
+            pass
     return own
 
 

@@ -332,6 +332,18 @@ def test_concurrent_prepares():
     assert os.listdir('data') == ['d'] and open_dataset(Config(dataset='d', encoding='bytes')).meta
 
 
+def test_temporary_folders_of_the_dead_are_deleted(monkeypatch):
+    def kill(pid, _):
+        if pid < 3:
+            raise ProcessLookupError if pid == 1 else PermissionError
+
+    monkeypatch.setattr(os, 'kill', kill)
+    for pid in (1, 2, 3):
+        Path(f'.d.tmp-{pid}').mkdir()
+    assert prepare_shp.temporary_folder(Path('d')).name == f'.d.tmp-{os.getpid()}'
+    assert sorted(os.listdir()) == ['.d.tmp-2', '.d.tmp-3']  # alive, as another user's and our own
+
+
 def test_damage_is_found():
     """A flipped bit, a cut end, nothing, zeros, and no file."""
     local([row(post_id=f'{i}', history=f'question {i}') for i in range(60)])
