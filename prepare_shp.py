@@ -283,7 +283,7 @@ def _sources(cfg):
     if absent := [path for path in splits if not os.path.exists(path)]:
         raise Refusal(f"source {', '.join(absent)} does not exist; name a folder or files of JSON lines")
     folder = Path(next(iter(splits)))
-    if folder.is_dir():
+    if len(splits) == 1 and folder.is_dir():
         found = sorted(str(path) for pattern in ('*.json*', '*/*.json*') for path in folder.glob(pattern))
         splits = {path: Path(path).stem for path in found if Path(path).stem in SPLITS.values()}
         if 'train' not in splits.values():

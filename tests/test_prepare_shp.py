@@ -314,8 +314,9 @@ def test_bad_files():
     for source, words in (('gzip.jsonl', 'not JSON in UTF-8'), ('array.jsonl', 'line 1: not JSON'),
                           ('empty.jsonl', 'no row to train on: 0 read'),
                           ('two.jsonl', 'no row to train on: 2 read, 2 kept; splits: .* cut from train'),
-                          ('nowhere.jsonl', 'nowhere.jsonl does not exist'), ('empty', 'neither train.json')):
-        with pytest.raises(Refusal, match=words):
+                          ('nowhere.jsonl', 'nowhere.jsonl does not exist'), ('empty', 'neither train.json'),
+                          ('empty,two.jsonl', 'Is a directory')):
+        with pytest.raises((Refusal, IsADirectoryError), match=words):
             prepare(Config(dataset='d', source=source, encoding='bytes'))
     assert '--dataset=NAME' in ' '.join(Config(source='empty').check())
     assert not Path('data').exists()
