@@ -295,7 +295,10 @@ def finish(cfg, machine, stop, step, done, seconds, hint=''):
 
 def example_prompt(data):
     """A short prompt from the data, quoted for the shell."""
-    groups, encoding = data.groups('val'), prepare_shp.encoding(data.meta['encoding'])
+    try:
+        groups, encoding = data.groups('val'), prepare_shp.encoding(data.meta['encoding'])
+    except Refusal:  # no vocabulary on this machine; training needs none
+        return 'QUESTION'
     prompts = [groups.piece(p) for p in groups.prompts[:100]] or [data.documents('train').tokens[:20]]
     text = encoding.decode(min(prompts, key=len).tolist()).removesuffix(prepare_shp.SEPARATOR)
     return shlex.quote(' '.join(prepare_shp.visible(text).split())[:100])

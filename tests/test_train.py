@@ -321,6 +321,12 @@ def test_metrics_elsewhere(tmp_path, monkeypatch):
         ('eval/val_ce', line['val_ce'], line['step']) for line in metrics(tmp_path / 'run', 'eval')]
 
 
+def test_training_needs_no_vocabulary(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_shp, 'encoding', MagicMock(side_effect=Refusal('no vocabulary')))
+    train.main(config(tmp_path / 'run', max_iters=1))
+    assert '--temperature=0.5 --prompt=QUESTION\n' in capsys.readouterr().out
+
+
 def test_a_run_names_its_data_truly(tmp_path):
     """As they were made, whether or not the command says it."""
     for n, source in enumerate(('hub', 'rows', str(Path('rows').resolve()))):  # hub is the default: not named
