@@ -214,9 +214,8 @@ def notes(cfg, documents):
     if cfg.block_size > (8 if cfg.cut == 'examples' else 64) * lengths.max():
         raise Refusal(f'block_size={cfg.block_size}, but no document is longer than {lengths.max()} tokens; use '
                       f'--block_size={lengths.max()}')
-    if cfg.cut == 'examples':
-        if cut := (lengths > cfg.block_size + 1).mean():
-            yield f'{cut:.0%} of the documents are longer than block_size and lose their end-of-text'
+    if cfg.cut == 'examples' and (cut := (lengths > cfg.block_size + 1).mean()):
+        yield f'{cut:.0%} of the documents are longer than block_size and lose their end-of-text'
     if cfg.batch_size * cfg.block_size > tokens:
         yield (f'a step uses {cfg.batch_size} x {cfg.block_size} tokens, more than the {tokens:,} of the training '
                'text; a smaller --batch_size makes steps faster')
