@@ -64,7 +64,7 @@ class Evaluation:
         batch = make_batch([group._replace(prompt=prompt, answers=[answer])
                             for group, prompt, answer in zip(self.asked, self.prompts, answers)])
         own = for_all(lab, batch, self.log_p_and_entropy)
-        log_p, start_log_p = own['log_p'][:, 0], own['log_p'][:, 0]
+        log_p = start_log_p = own['log_p'][:, 0]
         if self.policy is not self.start:
             start_log_p = log_prob_under(lab, self.start, batch)['log_p'][:, 0]
         ended = torch.tensor([answer[-1] == eot for answer in answers])
