@@ -67,8 +67,8 @@ def read_foreign(row, columns={}):
 
 def _chosen(row, prompt):
     """TRL's pairs. If the answers are whole dialogues, the prompt is their common beginning."""
-    pair, scores = [row.get('chosen'), row.get('rejected')], None
-    texts, talks = (all(map(is_kind, pair)) for is_kind in (lambda x: isinstance(x, str), is_conversation))
+    pair, scores = [row.get('chosen'), row.get('rejected')], [row.get('score_chosen'), row.get('score_rejected')]
+    texts, talks = all(isinstance(x, str) for x in pair), all(map(is_conversation, pair))
     if prompt is None and 'prompt' in row and not talks:
         raise ValueError('prompt is null')
     if prompt is None and any(row.get(name) for name in ('question', 'query', 'input')):
@@ -76,18 +76,18 @@ def _chosen(row, prompt):
     if (texts or talks) and as_text(pair[0]).strip() == as_text(pair[1]).strip():
         raise ValueError('chosen and rejected are equal')
     if talks and not is_conversation(prompt) or texts and prompt is None:
-        shared = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), min(map(len, pair)))
-        if shared == min(map(len, pair)):
+        shared = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), None)
+        if shared is None:
             raise ValueError('one of chosen and rejected is the beginning of the other')
         cut = _last_turn(pair[0][:shared]) if texts else shared
         if cut:  # otherwise the prompt is that of the row, if any
             prompt, pair = _unframed(pair[0][:cut]) if texts else pair[0][:cut], [x[cut:] for x in pair]
     if any(is_conversation(x) and x[0]['role'] != 'assistant' for x in pair):
         raise ValueError('chosen and rejected part before the assistant answers')
-    if row.get('score_chosen') is not None or row.get('score_rejected') is not None:
-        scores = [row.get(key) for key in ('score_chosen', 'score_rejected')]
-        if scores[0] < scores[1]:
-            raise ValueError('score_chosen is below score_rejected')
+    if scores == [None, None]:
+        return Ranking('', prompt, pair)
+    if scores[0] < scores[1]:
+        raise ValueError('score_chosen is below score_rejected')
     return Ranking('', prompt, pair, scores)
 
 
