@@ -33,6 +33,7 @@ ASKS = 'help!', 'any tips?', 'what now?', 'ideas?', 'advice?', 'why me?', 'pleas
 WEIGHTS = 6, 7, 7                # of thing, verb and means
 NOISE, TIME_NOISE = 0.15, 0.25   # standard deviations of a score and of a comment's place in time, in units of quality
 GAP = 0.04                       # minimum difference in quality between comments of one post
+REMAINDERS = {'train': range(2, 8), 'validation': [0], 'test': [1]}  # (thing + trouble) % 8 of each split's questions
 
 THINGS = [(domain, thing) for domain, (things, _) in DOMAINS.items() for thing in things.split()]
 CURES = [(domain, *cure) for domain, (_, cures) in DOMAINS.items() for cure in cures]
@@ -81,7 +82,7 @@ def ask(rng, split):
     while True:
         trouble = rng.randrange(len(CURES))
         thing = rng.choice([i for i, (domain, _) in enumerate(THINGS) if domain == CURES[trouble][0]])
-        if {0: 'validation', 1: 'test'}.get((thing + trouble) % 8, 'train') == split:
+        if (thing + trouble) % 8 in REMAINDERS[split]:
             return f'{CURES[trouble][1]} {SLOTS[0][thing]}{rng.choice(WHENS)}, {rng.choice(ASKS)}', thing, trouble
 
 
@@ -121,10 +122,8 @@ def toy_rows(split, n, seed):
     """The rows of n posts of a split ('train', 'validation', 'test'): dicts in SHP's schema, one per preference.
 
     As in SHP, a comment is preferred to another if it was written no earlier but scored higher. The rows of fewer
-    posts are the first rows of more. Raises ValueError for an unknown split.
+    posts are the first rows of more.
     """
-    if split not in ('train', 'validation', 'test'):
-        raise ValueError(f"no split {split!r} in the toy data; use 'train', 'validation' or 'test'")
     rng = random.Random(f'{split} {seed}')  # a string is seeded by its sha512, the same in every process
     posts = 0
     while posts < n:
