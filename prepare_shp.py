@@ -21,7 +21,7 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -189,12 +189,11 @@ def read(row, where, columns={}):
     `columns` {ours: theirs} is for the schemas of extras/schemas.py.
     """
     reader = next((reader for names, reader in READERS if all(row.get(name) is not None for name in names)), None)
+    if columns or not reader:
+        from extras.schemas import read_foreign
+        reader = partial(read_foreign, columns=columns)
     try:
-        if columns or not reader:
-            from extras.schemas import read_foreign
-            ranking = read_foreign(row, columns)
-        else:
-            ranking = reader(row)
+        ranking = reader(row)
         answers, scores = ranking.answers, ranking.scores
     except Exception as error:
         reason = str(error)[:200]  # it may quote the row
