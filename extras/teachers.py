@@ -140,11 +140,10 @@ class WrittenTeacher(nn.Module):
                     checked_text('completion', completion)
                 if key in self.rows:
                     raise ValueError(f'a second completion of {key[:80]!r}; keep one, for example of one "generator"')
+                self.rows[key] = row
+                cut += self.ids(key, key)[-1] != encoding.eot_token
             except ValueError as error:
                 problems.append(f'line {number}: {error}')
-                continue
-            self.rows[key] = row
-            cut += self.ids(key, key)[-1] != encoding.eot_token
         known = set(prompts)
         missing, outside = sorted(known - self.rows.keys()), len(self.rows.keys() - known)
         if missing:
@@ -181,10 +180,10 @@ def key_of(row, of_id):
     found = {of_id[id] for id in ids if id in of_id}
     if len(found) > 1:
         raise ValueError('its ids belong to two prompts of train')
-    whole, text = next(iter(found), None), as_text(row.get('prompt'))
-    if text is None and ids:
+    whole = next(iter(found), None)
+    if row.get('prompt') is None and ids:
         return whole or ids[0]
-    prompt = render(checked_text('prompt', text).removesuffix(SEPARATOR), '')[0]
+    prompt = render(checked_text('prompt', row.get('prompt')).removesuffix(SEPARATOR), '')[0]
     if whole not in (None, prompt) and own_id(prompt) in of_id:
         raise ValueError('its id and its prompt belong to two prompts of train')
     return whole if whole and whole.endswith(prompt.lstrip('\ufffd')) else prompt
