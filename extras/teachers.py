@@ -124,11 +124,7 @@ class WrittenTeacher(nn.Module):
         self.rows = {}  # a rendered prompt, or an id that is not in train -> its line
         prompts = prompts_of(groups, encoding)
         of_id, problems, cut = prompts_by_id(groups.ids.tolist(), prompts), [], 0
-        try:
-            text = Path(cfg.teacher).read_bytes()
-        except OSError as error:
-            raise Refusal(f'teacher={cfg.teacher} cannot be read ({error.strerror}); name a file of '
-                          'completions') from None
+        text = Path(cfg.teacher).read_bytes()
         for number, line in enumerate(text.removeprefix(b'\xef\xbb\xbf').splitlines(), 1):
             if not line.strip():
                 continue
