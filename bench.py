@@ -126,12 +126,10 @@ def head(cfg, machine, n_embd, rows=4096, vocabulary=VOCABULARY):
         'F.linear + F.cross_entropy, float32': lambda: layer(cross_entropy, F32),
         'naive T_2, float32': lambda: layer(naive_t2, F32),
         'F.linear + F.cross_entropy, compiled, bfloat16': lambda: layer(cross_entropy, BF16, True),
-        'naive T_2, compiled, bfloat16': lambda: layer(naive_t2, BF16, True)}
-    if hasattr(F, 'linear_cross_entropy'):
-        contenders |= {
-            'the same, in chunks of torch.compile': lambda: layer(cross_entropy, BF16, True, True),
-            'F.linear_cross_entropy, accurate, bfloat16': lambda: layer(partial(torchs_own, policy='accurate'), F32),
-            'F.linear_cross_entropy, compact, bfloat16': lambda: layer(partial(torchs_own, policy='compact'), F32)}
+        'naive T_2, compiled, bfloat16': lambda: layer(naive_t2, BF16, True),
+        'the same, in chunks of torch.compile': lambda: layer(cross_entropy, BF16, True, True),
+        'F.linear_cross_entropy, accurate, bfloat16': lambda: layer(partial(torchs_own, policy='accurate'), F32),
+        'F.linear_cross_entropy, compact, bfloat16': lambda: layer(partial(torchs_own, policy='compact'), F32)}
     if machine.device.type == 'cuda' and find_spec('liger_kernel'):
         contenders |= {f"Liger's fused head, chunk_mem_const={size}, bfloat16":
                        partial(layer, partial(ligers, size=size), F32) for size in (64, 16)}
