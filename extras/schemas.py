@@ -14,7 +14,7 @@ Any text may be a conversation, [{role, content}, ...]. Where names differ, --co
 import re
 
 from configurator import Refusal
-from prepare_shp import SPLITS, Ranking, read_ranked
+from prepare_shp import SPLITS, Ranking, read_ranked, visible
 
 HUB_NAME = 'hf:{0}(/{0})?(:{0})?'.format('[A-Za-z0-9][A-Za-z0-9_.-]*')  # owner/dataset:subset
 # columns of a row; the first one that exists is used
@@ -148,22 +148,19 @@ def as_text(x):
     return '\n\n'.join([first['content'], *(f"{SPEAKERS.get(m['role'], m['role'])}: {m['content']}" for m in others)])
 
 
-
 # The Hub -------------------------------------------------------------------------------------------------------------
 
 
 def from_hub(name, columns):
     """A dataset of the Hub, or a folder that `datasets` reads -> [(split, its name there, rows)]. Runs no code."""
+    import datasets
+    if int(datasets.__version__.partition('.')[0]) < 4:
+        raise Refusal(f'datasets {datasets.__version__} may run code of a dataset: pip install -U datasets')
     dataset, _, subset = name.partition(':')
     try:
-        import datasets
-        if int(datasets.__version__.partition('.')[0]) < 4:
-            raise Refusal(f'datasets {datasets.__version__} may run code of a dataset: pip install -U datasets')
         found = datasets.load_dataset(dataset, *[subset] if subset else [])
-    except Refusal:
-        raise
     except Exception as error:  # the network, the Hub and an incomplete cache raise many types
-        words = ''.join(filter(str.isprintable, ' '.join(str(error).split())))[:300]
+        words = visible(' '.join(str(error).split()))[:300]
         raise Refusal(f'{name} could not be loaded from the Hub ({type(error).__name__}: {words}): use a local copy '
                       'with --source=DIR --dataset=NAME; if it is in a cache, set HF_HUB_OFFLINE=1, and HF_HOME to '
                       'that cache; --source=toy needs no network')

@@ -190,7 +190,7 @@ def test_what_the_hub_raises_is_a_sentence(monkeypatch):
         raise ConnectionError('no\nroute \x1b[2J')
 
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-    with pytest.raises(Refusal, match=r'stanfordnlp/SHP could not be .*ConnectionError: no route \[2J.*--source='):
+    with pytest.raises(Refusal, match=r'stanfordnlp/SHP could not be .*ConnectionError: no route \\x1b\[2J.*--source='):
         prepare(Config(dataset='d', source='hub', encoding='bytes'))
     monkeypatch.setattr(datasets, '__version__', '3.6.0')
     with pytest.raises(Refusal, match='datasets 3.6.0 may run code of a dataset'):
