@@ -8,7 +8,7 @@ Letters: G prompts, K answers per prompt, M answer tokens in all, B rows of T to
     answer_length (G, K)              0 = no such answer
     group (G,)                        number of the prompt's ranking in the data
     generator (G, K)                  who wrote the answer: DATA, TEACHER, or t for pi_t
-    log_p (G, K)                      spin, distill, ppo: log pi(y|x) under the self that wrote y
+    log_p (G, K)                      spin, distill, ppo: log pi(y|x) under the self that wrote y; 0 for other writers
     ref_log_p (G, K)                  dpo, spin, distill: log pi_ref(y|x), or its replacement under token_order
     reward (G, K)                     ppo: the reward model's, less missing_eot_penalty, before it is renormalised
     old_log_p, value, returns, advantage (M,)    ppo: of each answer token
@@ -46,7 +46,6 @@ class Lab(NamedTuple):
     block_size: int           # of the policy
     stop: StopSignal
     start: dict               # the start's checkpoint: model, model_config
-    selves: 'Selves'
 
 
 class Stopped(Exception):
@@ -94,7 +93,7 @@ def usable_rankings(lab, groups):
 
 
 def make_batch(groups, generator=DATA):
-    """A list of Group, cut to the block -> a batch. generator: one for all answers, or a list for those of a group."""
+    """A list of Group, cut to the block -> a batch. generator: one for all, or one for each answer of a group."""
     K = max(len(group.answers) for group in groups)
     length = [[len(answer) for answer in group.answers] + [0] * (K - len(group.answers)) for group in groups]
     return dict(prompt=torch.tensor([id for group in groups for id in group.prompt]),
@@ -334,18 +333,11 @@ def weights_hash(weights):
     return digest.hexdigest()
 
 
-class Selves:
-    """pi_0 (the start), pi_1, ...: the policy at the beginning of each iteration, as hashes and weights in selves/."""
+def save_self(lab, t, policy, step):
+    """Saves the policy as pi_t in selves/, an opponent in later iterations."""
+    state = dict(step=step, model_config=asdict(policy.config), model=policy.state_dict())
+    lab.machine.on_rank_0(lambda: save_checkpoint(Path(lab.cfg.out_dir) / 'selves', state, f'{t:04d}.pt'))
 
-    def __init__(self, out_dir, start):
-        self.folder, self.hashes = Path(out_dir) / 'selves', {0: weights_hash(start['model'])}
 
-    def note(self, lab, t, policy, step, keep=False):
-        """Records the hash of the policy as pi_t. keep: also saves its weights, as an opponent in later iterations."""
-        self.hashes[t] = weights_hash(policy.state_dict())
-        if keep:
-            state = dict(step=step, model_config=asdict(policy.config), model=policy.state_dict())
-            lab.machine.on_rank_0(lambda: save_checkpoint(self.folder, state, f'{t:04d}.pt'))
-
-    def model(self, t, device):
-        return make_gpt(load_checkpoint(self.folder / f'{t:04d}.pt')).to(device)
+def load_self(lab, t):
+    return make_gpt(load_checkpoint(Path(lab.cfg.out_dir) / 'selves' / f'{t:04d}.pt')).to(lab.machine.device)

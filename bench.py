@@ -265,9 +265,9 @@ def plain_step(machine, dtype, gpt, loss_of_a_batch, fused):
 
 def start_method(cfg, machine, weights, config, groups=None, compile=False):
     """A method and its updates, as preference.py makes them. All sampled answers have full length."""
-    nothing = SimpleNamespace(eot_token=-1, number=0, note=lambda *args, **more: None)  # encoding, signals, past selves
+    nothing = SimpleNamespace(eot_token=-1, number=0)  # in place of the encoding and of signals
     method = METHODS[cfg.method](Lab(cfg, machine, nothing, dict(train=groups), config.block_size, nothing,
-                                     dict(model=weights, model_config=asdict(config)), nothing))
+                                     dict(model=weights, model_config=asdict(config))))
     for module in (*method.trained.values(), *method.frozen.values()):
         module.to(machine.device)
     method.wrapped = {name: torch.compile(module, dynamic=True) if compile else module

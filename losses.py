@@ -129,12 +129,12 @@ def linear_loss(hidden, weight, targets, loss, vocab_size=None):
     Its gradient is slope * (onehot - softmax), with the slope d loss / d log p from autograd on the chunk's log p. So
     the forward pass computes both gradients (three matrix products), and the backward pass only scales them.
     log_p carries no gradient, and is 0 where the target is -1. It comes from the sum of the OTHER probabilities, so
-    that -expm1(log_p) is q = 1 - p with all its digits. In float32 the gradient of a row of hidden errs by up to 1e-5
-    of its norm at logits of scale 3, by up to 1e-4 at scale 30, from the rounding of the logits.
+    that -expm1(log_p) is q = 1 - p with all digits of the dtype. In float32 the gradient of a row of hidden errs by up
+    to 1e-5 of its norm at logits of scale 3, by up to 1e-4 at scale 30, from the rounding of the logits.
 
     vocab_size: ids from here on are padding and have probability 0 (default: none). Products run in the autocast dtype
     if autocast is on, else in hidden's; float16 becomes float32. Sums are kept in float32 or better.
-    Raises ValueError if shapes do not fit, or if loss mixes elements, since it would then depend on the chunk.
+    Raises ValueError if shapes do not fit, or if loss mixes distant elements: it would depend on the chunk.
     """
     _check_elementwise(loss, hidden.device)
     return _LinearLoss.apply(hidden, weight, targets, loss, *_head_options(hidden, weight, targets, vocab_size))
@@ -331,8 +331,8 @@ def calibration_gaps(confidence, right, lowest=0.0):
 
     The expected calibration error is the sum of their absolute values over N (Guo et al. 2017).
     """
-    confidence = confidence.double().nan_to_num(lowest)
-    place = ((confidence - lowest) / (1 - lowest) * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+    confidence = confidence.double()  # a NaN makes the sum of its bin NaN
+    place = ((confidence.nan_to_num(lowest) - lowest) / (1 - lowest) * ECE_BINS).long().clamp(max=ECE_BINS - 1)
     return torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, place, confidence - right.double())
 
 
@@ -404,8 +404,7 @@ def implicit_reward(log_p, ref_log_p, beta):
     """s = beta (log pi(y|x) - log pi_ref(y|x)): log-probabilities of whole answers (any shape, nats) -> the same shape.
 
     Up to a constant per prompt, the reward for which pi is optimal under a KL penalty of strength beta (Rafailov et al.
-    2023). The document that Taylor losses come from writes E = -r and T = beta; where it prints y_k in the sum of the
-    denominator, y_j is meant.
+    2023).
     """
     return beta * (log_p - ref_log_p)
 

@@ -190,7 +190,7 @@ class GPT(nn.Module):
                     on_token(b, id)
             running = [i for i, b in enumerate(rows) if answers[b][-1] != eot
                        and len(prompts[b]) + len(answers[b]) < self.config.block_size]
-            if not running:
+            if not running or t + 1 == max_new_tokens:
                 break
             if len(running) < len(rows):
                 cache.keep_rows(running)
@@ -219,7 +219,7 @@ class ScalarHead(nn.Module):
         self.head = nn.Linear(gpt.config.n_embd, 1, bias=False)
         self.offset = nn.Parameter(torch.zeros(1))
         nn.init.zeros_(self.head.weight)
-        if not gpt.config.tie_weights:  # freeze the unused language head: DDP waits for the gradient of every parameter
+        if not gpt.config.tie_weights:  # the language head is not used, but DDP waits for every parameter's gradient
             gpt.lm_head.weight.requires_grad_(False)
 
     def forward(self, idx, positions=None, mask=None):

@@ -23,9 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import prepare_shp
 import runs
-from answers import (DATA, TEACHER, Lab, Selves, Stopped, answer_log_prob, answer_rewards, answers_of, cut_answers,
-                     cut_prompts, for_all, hidden_states, log_prob_under, make_batch, make_gpt, make_scorer,
-                     micro_batches, pack, post_of, rewards, sample, select, text_of, token_log_probs,
+from answers import (DATA, TEACHER, Lab, Stopped, answer_log_prob, answer_rewards, answers_of, cut_answers, cut_prompts,
+                     for_all, hidden_states, load_self, log_prob_under, make_batch, make_gpt, make_scorer,
+                     micro_batches, pack, post_of, rewards, sample, save_self, select, text_of, token_log_probs,
                      usable_rankings, weights_hash)
 from configurator import Refusal, run
 from evaluate import EVAL, Evaluation, report_reward_model, report_teacher, show_samples
@@ -45,7 +45,7 @@ class Config(runs.RunConfig):
     block_size: int = 0                # crop the start's context to this many tokens; 0 = do not crop
     max_iters: int = 0                 # maximum number of updates; 0 = those of all iterations
     iterations: int = 1                # collections of answers, each followed by updates on them
-    groups_per_iteration: int = 0      # prompts per collection, over all ranks; 0 = all of train, held in memory
+    groups_per_iteration: int = 0      # prompts per collection, over all ranks; 0 = all of train, in memory
     inner_epochs: int = 1              # passes over each collection
     groups_per_step: int = 32          # prompts per update, over all ranks
     micro_groups: int = 0              # prompts per micro-batch and rank; 0 = as many as fill answers.MICRO_TOKENS
@@ -60,7 +60,7 @@ class Config(runs.RunConfig):
     opponents: int = 1                 # spin: number of past selves that write answers, the latest first
     league: str = 'tied'               # spin: tied = data above every self; ordered = later selves above earlier ones
     anchor_first: bool = False         # spin: pi_0 is one of the opponents, the others are the latest selves
-    margin_stop: float = 2.0           # spin, distill: end if data lead self by fewer standard errors; 0 = never
+    margin_stop: float = 2.0           # spin, distill: end if data lead self by fewer standard errors; 0 = no limit
     teacher: str = ''                  # distill: folder of a run, JSON lines of completions, or a Hugging Face model
     reward_read: str = 'last'          # reward: last = the scalar at an answer's last token; sum = over its tokens
     reward_model: str = ''             # ppo, and for metrics of distill: folder of a reward run
@@ -72,7 +72,7 @@ class Config(runs.RunConfig):
     gamma: float = 1.0                 # ppo: discount factor
     gae_lambda: float = 0.95           # ppo: lambda of GAE
     clip_range: float = 0.2            # ppo: clip range of probability ratios and of values
-    kl_stop: float = 0.1               # ppo: KL to the sampling policy, nats per token, to end an iteration; 0 = none
+    kl_stop: float = 0.1               # ppo: KL(pi_t || pi), nats per token, that ends an iteration; 0 = no limit
     eval_groups: int = 1000            # held-out rankings to evaluate; 0 = all
     eval_samples: int = 256            # held-out prompts to sample answers to; 0 = none
     learning_rate: float = 1e-5        # peak learning rate, after the warm-up
@@ -122,7 +122,7 @@ def main(cfg):
     machine.on_rank_0(lambda: prepare_shp.open_dataset(cfg))  # makes the toy data if they are missing
     data = prepare_shp.open_dataset(cfg)
     lab = open_lab(cfg, machine, data)
-    cfg, per_iteration = lab.cfg, updates_per_iteration(lab)
+    options, cfg, per_iteration = cfg, lab.cfg, updates_per_iteration(lab)
     method = METHODS[cfg.method](lab)
     modules = list(method.trained.values())
     for module in (*modules, *method.frozen.values()):
@@ -145,11 +145,12 @@ def main(cfg):
                 module.load_state_dict(state[name])
             updates.load_state_dict(state)
             step, tokens, sampled_tokens, best, evaluated, ended, facts, method.state = state['loop']
-            seconds, lab.selves.hashes = state['seconds'], state['selves']
+            seconds = state['seconds']
             if step % per_iteration:
                 batch = read_iteration(lab, step // per_iteration)
             state.clear()
-        machine.on_rank_0(lambda: runs.start_files(cfg, step))
+        # max_iters as given: a resume with more iterations has more updates
+        machine.on_rank_0(lambda: runs.start_files(replace(cfg, max_iters=options.max_iters), step))
         machine.on_rank_0(lambda: start_folders(lab, step))
         metrics, samples_log = runs.Metrics(cfg, machine, step), runs.Metrics(cfg, machine, step, 'samples.jsonl')
         evaluation = Evaluation(lab, method, samples_log)
@@ -167,9 +168,9 @@ def main(cfg):
 
         def save_state(due=False):
             # an evaluation that is due is repeated by a resume, as is that of step 0, which is cut from metrics.jsonl
-            shown = -1 if due or not step else evaluated
-            loop = step, tokens, sampled_tokens, best, shown, ended, facts, method.state
-            save(loop=loop, selves=lab.selves.hashes, seconds=clock.seconds(), **updates.state_dict())
+            last_evaluated = -1 if due or not step else evaluated
+            loop = step, tokens, sampled_tokens, best, last_evaluated, ended, facts, method.state
+            save(loop=loop, seconds=clock.seconds(), **updates.state_dict())
 
         with contextlib.suppress(Stopped):                    # a signal during a collection or an evaluation
             while True:
@@ -186,7 +187,7 @@ def main(cfg):
                     machine.print(f'step {step} evaluation: {runs.in_words(result)}')
                     # step 0 is never the best; nothing is selected on the test split: there best.pt is the latest
                     value = result[method.best] if method.best and cfg.eval_split != 'test' else step
-                    if step and value > best:
+                    if step and value >= best:                # the latest of equals
                         best = value
                         save('best.pt')
                 if done or cfg.stop_step and step >= cfg.stop_step:
@@ -210,7 +211,7 @@ def main(cfg):
                 lr = cfg.learning_rate * runs.lr_factor(step, cfg)
                 updates.clip_and_step(step + 1, save_state)
                 step, tokens = step + 1, tokens + counts['tokens']
-                last = counts['last']
+                last = counts['last'] or step == cfg.max_iters
                 stopped, = machine.sum([stop.number])
                 if update == 0 or last or step % cfg.log_interval == 0 or method.after_update:
                     stats = dict(zip(stats, machine.sum(torch.stack(list(stats.values())).tolist())))
@@ -274,7 +275,7 @@ def open_lab(cfg, machine, data):
     if cfg.max_new_tokens >= block_size:
         raise Refusal(f'max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in the block of {block_size} '
                       f'tokens of {cfg.init_from}; use --max_new_tokens={block_size // 2} or less')
-    lab = Lab(cfg, machine, encoding, {}, block_size, runs.StopSignal(), start, Selves(cfg.out_dir, start))
+    lab = Lab(cfg, machine, encoding, {}, block_size, runs.StopSignal(), start)
     for split in dict.fromkeys(['train', cfg.eval_split]):
         lab.groups[split], words = usable_rankings(lab, data.groups(split))
         if words:
@@ -297,8 +298,8 @@ def open_lab(cfg, machine, data):
 
 def what_stays(lab, method):
     """What must not change in a resume, besides the model and the data."""
-    names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs', 'token_order'
-    return dict({name: getattr(lab.cfg, name) for name in names}, start=lab.selves.hashes[0][:12],
+    names = 'method', 'groups_per_iteration', 'groups_per_step', 'inner_epochs', 'token_order', 'opponents'
+    return dict({name: getattr(lab.cfg, name) for name in names}, start=weights_hash(lab.start['model'])[:12],
                 **{name: weights_hash(module.state_dict())[:12] for name, module in method.frozen.items()})
 
 
@@ -338,7 +339,7 @@ class Method:
         """The data's rankings for an iteration, cut to the block: a list of prepare_shp.Group."""
         lab, cfg = self.lab, self.lab.cfg
         return cut_answers(lab, prepare_shp.pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab),
-                                            cfg.max_answers))
+                                                        cfg.max_answers))
 
     def collect(self, iteration, step):
         """The answers of an iteration -> a batch (answers.py lists its keys), and numbers for the log."""
@@ -385,7 +386,7 @@ class Method:
         return {}
 
     def forward(self, name):
-        """A trained module; the wrapped one if gradients are computed."""
+        """A trained module; compiled and under DDP if gradients are enabled."""
         return self.wrapped[name] if torch.is_grad_enabled() else self.trained[name]
 
 
@@ -409,6 +410,8 @@ class RewardModel(Method):
         super().__init__(lab)
         self.scorer = ScalarHead(self.trained['model'], lab.cfg.reward_read)
         self.scorer.offset.requires_grad_(False)  # report_reward_model centres it
+        if lab.cfg.sft_weight:  # the language loss uses the language head
+            self.scorer.gpt.lm_head.requires_grad_(True)
         self.trained = dict(reward_model=self.scorer)
 
     def score(self, rows):
@@ -430,8 +433,10 @@ class SPIN(Method):
         super().__init__(lab)
         self.top = 1 if lab.cfg.league == 'tied' else None
         self.state = [0, 0.0, 0.0]  # of the margin of data over self: prompts, sum, sum of squares
-        if lab.cfg.margin_stop and iteration_size(lab) < 2 * lab.cfg.groups_per_step:
-            lab.machine.print('note: margin_stop has no effect with one update per pass')
+        seen = iteration_size(lab) // lab.cfg.groups_per_step // 2 * lab.cfg.groups_per_step * lab.cfg.iterations
+        if lab.cfg.margin_stop and seen < MARGIN_GROUPS:
+            lab.machine.print(f'note: margin_stop has no effect: it compares the prompts of the second half of each '
+                              f'first pass, here {seen:,} in all, and needs {MARGIN_GROUPS}')
         groups, limit = lab.groups['train'], lab.cfg.max_new_tokens
         if cut := (np.diff(groups.offsets)[groups.answers[groups.first[:-1]]] > limit).sum():
             lab.machine.print(f'note: {cut:,} of {len(groups.prompts):,} best answers are cut after '
@@ -448,15 +453,15 @@ class SPIN(Method):
     def collect(self, iteration, step):
         """Data answers are cut like sampled ones, so that neither length nor ending shows who wrote an answer."""
         lab, cfg, policy = self.lab, self.lab.cfg, self.trained['model']
-        selves, device = self.opponents(iteration), lab.machine.device
-        if iteration:
-            lab.selves.note(lab, iteration, policy, step, keep=cfg.opponents > 1)
+        selves = self.opponents(iteration)
+        if iteration and cfg.opponents > 1:
+            save_self(lab, iteration, policy, step)
         whole = prepare_shp.pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab))
         groups = cut_prompts(lab, whole)
         ranked = {DATA: [group.answers[0] for group in whole], **self.written(whole, iteration)}
         log_p, sampled = {}, 0
         for t in selves:
-            model = policy if t == iteration else lab.selves.model(t, device)
+            model = policy if t == iteration else load_self(lab, t)
             ranked[t] = sample(lab, model, [group.prompt for group in groups], iteration, t)
             sampled += sum(map(len, ranked[t]))
             if t != iteration:
@@ -479,7 +484,7 @@ class SPIN(Method):
         """Ends self-play if the margin of data over self, over at least MARGIN_GROUPS prompts, is within its noise.
         """
         cfg = self.lab.cfg
-        # prompts that are not trained on yet, and a policy that has moved away from pi_t
+        # second half of the first pass: prompts not trained on yet, and a policy that has moved away from pi_t
         size, n = iteration_size(self.lab), cfg.groups_per_step
         if size / 2 <= counts['update'] * n < size and counts['step'] > cfg.warmup_iters:
             self.state = [a + n * b for a, b in zip(self.state, (1, stats['self_margin'], stats['self_square']))]
@@ -544,7 +549,6 @@ class PPO(Method):
         whitened over all tokens. Log-probabilities come from the training path, so that the first ratios are 1.
         """
         lab, cfg, policy, K = self.lab, self.lab.cfg, self.trained['model'], self.lab.cfg.answers_per_prompt
-        lab.selves.note(lab, iteration, policy, step)
         whole = prepare_shp.pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab))
         groups = cut_prompts(lab, whole)
         answers = sample(lab, policy, [group.prompt for group in groups for _ in range(K)], iteration, iteration)
@@ -582,7 +586,7 @@ class PPO(Method):
     def loss(self, rows, counts):
         """Clipped policy and value losses, averaged over the step's answer tokens. The KL is part of the reward.
 
-        With token_order m, -T_m(p) replaces log p in the ratio; the metrics use the true log p.
+        With token_order m, -T_m(p) replaces log p in the ratio; update_kl and ratio_first use the true log p.
         """
         cfg, batch, M = self.lab.cfg, rows.batch, counts['tokens']
         hidden = hidden_states(self.lab, self.forward('model'), rows)
@@ -596,8 +600,8 @@ class PPO(Method):
         with torch.no_grad():
             log_ratio = log_p - old_log_p
             stats = dict(loss=policy_loss, value_loss=value_loss,
-                         clip_fraction=((log_ratio.exp() - 1).abs() > cfg.clip_range).sum() / M,
-                         update_kl=(log_ratio.expm1() - log_ratio).sum() / M)  # >= 0 and unbiased, Schulman's k3
+                         clip_fraction=(((new - old).exp() - 1).abs() > cfg.clip_range).sum() / M,
+                         update_kl=(log_ratio.expm1() - log_ratio).sum() / M)  # of KL(pi_t || pi), Schulman's k3
             if counts['update'] == 0:
                 stats['ratio_first'] = log_ratio.exp().sum() / M
         return policy_loss + value_loss, stats  # two separate modules: the sum needs no weights
@@ -607,8 +611,8 @@ class PPO(Method):
 
     def after_update(self, counts, stats):
         if self.lab.cfg.kl_stop and stats['update_kl'] > self.lab.cfg.kl_stop and not counts['last']:
-            self.lab.machine.print(f'step {counts["step"]}: KL to the sampling policy {stats["update_kl"]:.3f}, above '
-                                   'kl_stop; starting the next iteration')
+            self.lab.machine.print(f'step {counts["step"]}: KL(pi_t || pi) = {stats["update_kl"]:.3f}, above kl_stop; '
+                                   'this iteration ends')
             return 'next'
 
 

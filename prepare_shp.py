@@ -360,7 +360,8 @@ def _read_splits(cfg):
     if cfg.split == 'row':
         order, cut = np.random.default_rng(SPLIT_SEED).permutation(len(train)), round(ROW_TRAIN * len(train))
         train, records['validation'] = [train[i] for i in order[:cut]], [train[i] for i in order[cut:]]
-        rule = f'{ROW_TRAIN:.0%} of the train rows at random, the rest is val, so that posts leak; test: {rule}'
+        rule = (f'{ROW_TRAIN:.0%} of the train rows at random, the rest is val (validation rows of the source are not '
+                f'used), so that posts leak; test: {rule}')
     return records | dict(train=train), counts, rule
 
 

@@ -35,7 +35,7 @@ RANK_TIMEOUT = 180         # seconds that ranks wait for each other; torch's def
 PARENT = os.getppid()      # torchrun, if this process is one of its ranks
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, a scheduler, a closed terminal
 NUMBERED = '[0-9]' * 4 + '*.*'  # the files of iterations/ and selves/
-# RUN_FILES: what overwrite deletes. INCIDENTAL: options that may change in an exact resume
+# RUN_FILES: what overwrite deletes. INCIDENTAL: options that leave a resume exact
 RUN_FILES = ('ckpt_*', 'best.pt', '.tmp.*', 'config.json', 'metrics.jsonl', 'loss.png', 'preference.png',
              'samples.jsonl', f'iterations/{NUMBERED}', f'selves/{NUMBERED}', 'tensorboard', 'wandb', 'wandb.id')
 INCIDENTAL = *NOT_RESUMED, 'log_interval', 'wandb', 'tensorboard', 'device', 'dtype', 'compile'
@@ -343,7 +343,7 @@ def check_resume(state, now):
                if now[part].get(k) != was and (part == 'machine' or k not in INCIDENTAL)]
     if changed and state['step'] == state['config']['max_iters'] == now['config']['max_iters']:
         raise Refusal(f'this run is finished, and would be evaluated again with other options ({", ".join(changed)}); '
-                      'leave them out, set more steps, or choose another --out_dir')
+                      'leave them out, raise max_iters, or choose another --out_dir')
     changed += [name for name, was in state.get('code', {'source files': ''}).items() if now['code'].get(name) != was]
     return f'changed: {", ".join(changed)}' if changed else 'exact'
 
@@ -387,7 +387,7 @@ class Clock:
 
     @contextlib.contextmanager
     def part(self, name):
-        """Around what is no training step: an evaluation, a collection of answers."""
+        """Times what is not training: an evaluation, a collection of answers."""
         since = time.perf_counter()
         yield
         self.parts[name] = time.perf_counter() - since
@@ -501,11 +501,11 @@ def load_weights(where, which='best', make=''):
 
     The best one was evaluated after an update; if a run has none yet, its last one is used.
     """
-    if not (Path(where) / 'best.pt').exists():
-        which = 'last'
-    state = load_checkpoint(where, 'best.pt' if which == 'best' else None, make)
+    name = 'best.pt' if which == 'best' and (Path(where) / 'best.pt').exists() else None
+    state = load_checkpoint(where, name, make)
     if os.environ.get('RANK', '0') == '0':
-        print(f'{where}: {which} checkpoint, step {state["step"]}', flush=True)
+        which = '' if Path(where).is_file() else 'best ' if name else 'last '
+        print(f'{where}: {which}checkpoint, step {state["step"]}', flush=True)
         if 'code' in state and state['code']['model.py'] != code()['model.py']:
             print(f'note: model.py has been edited since {where} was written; its weights may mean another model now')
     return state
@@ -513,14 +513,18 @@ def load_weights(where, which='best', make=''):
 
 def load_run(cfg, option, encoding):
     """`load_weights` of the run that cfg.<option> names. If there is none, the Refusal has a command that makes it."""
-    where = Path(getattr(cfg, option) or f'out/{option}')
+    name = getattr(cfg, option)
+    where = Path(name or f'out/{option}')
     options = [f'--out_dir={shlex.quote(str(where))}', f'--split={cfg.split}',
                f'--dataset={cfg.dataset}' if cfg.dataset else f'--source={cfg.source}']
     make = f'python train.py {" ".join(options)}'
     if option == 'reward_model':
         options += ['--method=reward', f'--init_from={cfg.init_from}', f'--max_new_tokens={cfg.max_new_tokens}']
         make = f'python preference.py {" ".join(options)}'
-    state = load_weights(where, make=f'{make}, and use it with --{option}={where}')
+    make = f'{make}, and use it with --{option}={where}'
+    if not name:
+        raise Refusal(f'{option} names no run; make one with: {make}')
+    state = load_weights(where, make=make)
     if state['encoding'] != encoding.name:
         raise Refusal(f"{option}={where} was trained on {state['encoding']} tokens, but the data are in "
                       f'{encoding.name}; train it on data with the same --encoding')
@@ -669,7 +673,7 @@ class Updates:
             own = optimizer.state_dict()
             was, now = ([group['params'] for group in of['param_groups']] for of in (saved, own))
             if was != now:
-                raise Refusal('cannot resume: the optimizer groups its parameters in another way than before')
+                raise Refusal('cannot resume: the optimizer groups its parameters differently than before')
             optimizer.load_state_dict(dict(own, state=saved['state']))  # with this run's options
         if state['scaler']:  # only with float16
             self.scaler.load_state_dict(state['scaler'])

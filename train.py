@@ -29,7 +29,7 @@ SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'tie_weights'  # options that a s
 class Config(runs.RunConfig):
     """Model and training."""
     batch_size: int = 32          # sequences per step, over all ranks and micro-batches
-    micro_batch_size: int = 0     # sequences per micro-batch and rank, as memory allows; 0 = the rank's whole share
+    micro_batch_size: int = 0     # sequences per micro-batch and rank, fewer take less memory; 0 = the rank's share
     block_size: int = 128         # context length in tokens; a longer context of the start is cropped
     init_from: str = ''           # start: folder of a run or a Hugging Face GPT-2, or gpt2, ..., gpt2-xl; '' = random
     cut: str = 'stream'           # stream: random windows of packed text; examples: each document from its start
@@ -176,8 +176,8 @@ def main(cfg, loss_of=None):
         if step != saved_step:
             save_state()
         runs.finish(cfg, machine, stop, step, step == cfg.max_iters, clock.seconds(),
-               f'; sample from it: python sample.py --out_dir={shlex.quote(cfg.out_dir)} --temperature=0.5'
-               f'{" --link=True" if order else ""} --prompt={runs.example_prompt(data)}')
+                    f'; sample from it: python sample.py --out_dir={shlex.quote(cfg.out_dir)} --temperature=0.5'
+                    f'{" --link=True" if order else ""} --prompt={runs.example_prompt(data)}')
 
 
 def settle(cfg, machine, data):
@@ -283,8 +283,8 @@ def evaluate(model, documents, rows, cfg, machine, order, stop, halves=None):
             ce_t, t = cross_fitted(series, scales[name])
             if math.isfinite(ce_t):
                 metrics |= {f'val_ce{name}_t': ce_t / n, f'val_t{name}': t}
-            else:
-                machine.print(f'note: no val_ce{name}_t; the fit on 512 tokens is too far from that on all')
+            elif math.isfinite(ce):
+                machine.print(f'note: no val_ce{name}_t; the temperature of 512 tokens is too far from that of all')
         if not name and cfg.split == 'row' and 0 < n_leaked < n:
             metrics |= dict(val_ce_leaked=ce_leaked / n_leaked, val_ce_clean=(ce - ce_leaked) / (n - n_leaked))
     return metrics

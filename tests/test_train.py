@@ -155,7 +155,7 @@ def test_optimizers_hold_all_parameters_and_a_resume_needs_the_same_groups():
     with pytest.raises(Refusal, match='2 trained tensors are in no optimizer'):
         make([torch.optim.SGD(model[0].parameters())])
     state = make([torch.optim.SGD(model.parameters())]).state_dict()
-    with pytest.raises(Refusal, match='groups its parameters in another way'):
+    with pytest.raises(Refusal, match='groups its parameters differently'):
         make([torch.optim.SGD(runs.decay_groups([model], train.Config()))]).load_state_dict(state)
     model[1].requires_grad_(False)
     make([torch.optim.SGD(model[0].parameters())])
