@@ -315,7 +315,7 @@ def start_folders(lab, step):
 
 
 class Method:
-    """The interface of a method to the loop. By default a method trains a policy, scored by its implicit reward.
+    """The interface of a method to the loop. By default the data's rankings train a policy by its implicit reward.
 
     The loss is sum_k T_n(p_k) over the stages of each ranking, averaged over the prompts of a step. sft_weight adds the
     best answers' cross-entropy per token, sft_order makes it T_n (Pang et al. 2024; for rewards Yang et al. 2024).
@@ -343,7 +343,9 @@ class Method:
 
     def collect(self, iteration, step):
         """The answers of an iteration -> a batch (answers.py lists its keys), and numbers for the log."""
-        return make_batch(self.rankings(iteration)), {}
+        batch = make_batch(self.rankings(iteration))
+        found = log_prob_under(self.lab, self.start, batch, self.lab.cfg.token_order)
+        return dict(batch, ref_log_p=found['taylor']), {}
 
     def score(self, rows):
         """s = beta (log pi(y|x) - log pi_ref(y|x)), (G, K), and log p of each answer token, (M,)."""
@@ -395,11 +397,6 @@ class DPO(Method):
     options = 'beta', 'max_answers', 'rank_order', 'token_order', 'sft_weight', 'sft_order'
     best = 'rank_accuracy'
 
-    def collect(self, iteration, step):
-        batch, facts = super().collect(iteration, step)
-        found = log_prob_under(self.lab, self.start, batch, self.lab.cfg.token_order)
-        return dict(batch, ref_log_p=found['taylor']), facts
-
 
 class RewardModel(Method):
     """The data's rankings, scored by a scalar head; there is no reference."""
@@ -413,6 +410,9 @@ class RewardModel(Method):
         if lab.cfg.sft_weight:  # the language loss uses the language head
             self.scorer.gpt.lm_head.requires_grad_(True)
         self.trained = dict(reward_model=self.scorer)
+
+    def collect(self, iteration, step):
+        return make_batch(self.rankings(iteration)), {}
 
     def score(self, rows):
         """s = r, (G, K), and log p of the tokens by the trunk's language head, (M,), or None if it is not needed."""

@@ -350,7 +350,8 @@ def _read_splits(cfg):
         for record in train:
             records[held_out.get(record.prompt.strip(), 'rest')].append(record)
         train = records.pop('rest', [])
-        rule = f"{' and '.join(missing)} cut from train by prompt, {HELD_OUT:.0%} of the prompts each"
+        rule = (f"{' and '.join(missing)} cut from train by prompt, {HELD_OUT:.0%} of its {len(prompts):,} prompts "
+                'each, at least one')
     unknown = set(cfg.domains) - {record.domain for record in train}
     if unknown or not train:
         of_domain = f" of domain {', '.join(sorted(unknown))}" if unknown else ''

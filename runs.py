@@ -70,6 +70,10 @@ class RunConfig(prepare_shp.Config):
         yield from super().check()
         if self.resume and self.overwrite:
             yield 'resume continues the earlier run and overwrite deletes it; set only one of them'
+        for option in 'init_from', 'teacher', 'reward_model':
+            path = getattr(self, option, '')
+            if self.overwrite and path and Path(path).resolve().is_relative_to(Path(self.out_dir).resolve()):
+                yield f'overwrite would delete {option}={path}; choose another --out_dir'
 
 
 # Ranks and devices ---------------------------------------------------------------------------------------------------
@@ -488,7 +492,7 @@ def load_checkpoint(where, name=None, make=''):
                     raise OSError(f'wrong checksum of {bad}')
             return torch.load(path, map_location='cpu', weights_only=True)
         except Exception as error:  # zipfile and the unpickler raise many types after a flipped bit
-            print(f'warning: {path} is damaged ({type(error).__name__}: {first_line(error)}) and is skipped',
+            print(f'warning: {path} is damaged ({type(error).__name__}: {first_line(error)[:80]}) and is skipped',
                   flush=True)
     raise Refusal(f'there is no valid checkpoint in {where}; use another run, or train it again with --overwrite=True')
 

@@ -599,6 +599,8 @@ def test_options_that_do_not_fit_are_refused():
                            (dict(moment_order=3, answers_per_prompt=3), 'use 4 or more'),
                            (dict(anchor_first=True), 'needs --opponents=2 or more'), (dict(league='x'), 'not one of')):
         assert words in ' '.join(preference.Config(**changes).check())
+    assert list(config('run', overwrite=True, init_from='run/best.pt').check()) == [
+        'overwrite would delete init_from=run/best.pt; choose another --out_dir']
     cfg = config('run', 'ppo', margin_stop=1.0, beta=0.2, sft_weight=0.5)
     object.__setattr__(cfg, 'given', frozenset({'margin_stop', 'beta', 'opponents'}))
     assert list(cfg.check()) == ['margin_stop has no effect with method=ppo; leave it out']

@@ -161,6 +161,15 @@ def test_optimizers_hold_all_parameters_and_a_resume_needs_the_same_groups():
     make([torch.optim.SGD(model[0].parameters())])
 
 
+def test_a_resume_refuses_another_loss_of_the_same_name(tmp_path):
+    def scaled(factor):
+        return lambda log_p: -factor * log_p
+
+    train.main(config(tmp_path / 'run', stop_step=2), scaled(1.0))
+    with pytest.raises(Refusal, match='the loss at p = 0.9, 0.5, 0.1 is .* in the checkpoint'):
+        train.main(config(tmp_path / 'run', resume=True), scaled(2.0))
+
+
 def test_a_run_that_is_extended_keeps_its_last_evaluation(tmp_path, monkeypatch):
     losses = iter([5.3, 5.0, 4.0, 4.0, 4.5])  # the last evaluation is repeated, and stays the best
     monkeypatch.setattr(train, 'evaluate', lambda *_: dict(val_ce=next(losses)))
