@@ -146,7 +146,7 @@ def main(cfg):
             updates.load_state_dict(state)
             step, tokens, sampled_tokens, best, evaluated, ended, facts, method.state = state['loop']
             seconds = state['seconds']
-            if step % per_iteration:
+            if step % per_iteration:                          # otherwise the loop collects a new one
                 batch = read_iteration(lab, step // per_iteration)
             state.clear()
         # max_iters as given: a resume with more iterations has more updates
@@ -220,7 +220,7 @@ def main(cfg):
                     machine.print(f'first update: {runs.in_words(stats)}')
                 verdict = method.after_update and method.after_update(counts, stats)
                 ended = verdict == 'end'
-                if verdict == 'next':
+                if verdict == 'next':                         # without the rest of this iteration's updates
                     step, last = min((iteration + 1) * per_iteration, cfg.max_iters), True
 
                 if step % cfg.log_interval == 0 or last:
@@ -458,6 +458,7 @@ class SPIN(Method):
             save_self(lab, iteration, policy, step)
         whole = prepare_shp.pick_groups(lab.groups['train'], cfg.seed, iteration, iteration_size(lab))
         groups = cut_prompts(lab, whole)
+        # writer -> its answers to all prompts, the best writer first
         ranked = {DATA: [group.answers[0] for group in whole], **self.written(whole, iteration)}
         log_p, sampled = {}, 0
         for t in selves:

@@ -89,6 +89,7 @@ def main(cfg, loss_of=None):
     described = runs.describe(cfg, machine, model.config, data, optimizers, loss=loss_name(loss_of),
                               **{'the loss at p = 0.9, 0.5, 0.1': values})
     described |= dict(link_order=order)                       # sample.py --link reads it
+    # FLOP/s; on a CPU inf, since MFU means little there
     peak = runs.matmul_peak(machine) * machine.world_size if machine.device.type == 'cuda' else math.inf
     machine.print(f'parameters {sum(p.numel() for p in model.parameters()):,}, vocabulary {vocab_size:,}, '
                   f'loss {loss_name(loss_of)}\n{cfg.max_iters:,} steps of {cfg.batch_size} x {cfg.block_size} tokens: '
@@ -141,7 +142,8 @@ def main(cfg, loss_of=None):
                 break
 
             x, y = prepare_shp.lm_batch(documents, cfg.cut, cfg.block_size, cfg.seed, step, cfg.batch_size, rows)
-            count, stopped = machine.sum([int((y >= 0).sum()), stop.number])  # targets of the step, over all ranks
+            # over all ranks, which wait for each other here: the step's targets, and whether a signal has arrived
+            count, stopped = machine.sum([int((y >= 0).sum()), stop.number])
             if stopped:
                 break
             runs.seed_everything(cfg.seed, step + 1, machine.rank)
@@ -194,8 +196,8 @@ def settle(cfg, machine, data):
     documents = data.documents('train')
     prepare_shp.lm_batch(documents, cfg.cut, cfg.block_size, cfg.seed, 0, 1)  # raises Refusal if the data are too short
     if cfg.epochs:
-        passes = len(documents.offsets) - 1 if cfg.cut == 'examples' else len(documents.tokens) / cfg.block_size
-        cfg = replace(cfg, max_iters=math.ceil(cfg.epochs * passes / cfg.batch_size))
+        sequences = len(documents.offsets) - 1 if cfg.cut == 'examples' else len(documents.tokens) / cfg.block_size
+        cfg = replace(cfg, max_iters=math.ceil(cfg.epochs * sequences / cfg.batch_size))
     for note in notes(cfg, documents):
         machine.print(f'note: {note}')
     if not cfg.init_from:
