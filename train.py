@@ -85,7 +85,8 @@ def main(cfg, loss_of=None):
     order = link_order(loss_of)                               # n of T_n, n >= 1; 0 for any other loss
     if cfg.taylor_order not in (0, order):
         raise Refusal(f'taylor_order={cfg.taylor_order} has no effect on the loss {loss_name(loss_of)}; leave it out')
-    values = [f'{x:.4g}' for x in loss_of(torch.tensor([0.9, 0.5, 0.1]).log()).tolist()]  # whatever its source says
+    # its values tell two losses of one name apart
+    values = [f'{loss_of(torch.tensor(p, device=machine.device).log()).item():.4g}' for p in (0.9, 0.5, 0.1)]
     described = runs.describe(cfg, machine, model.config, data, optimizers, loss=loss_name(loss_of),
                               **{'the loss at p = 0.9, 0.5, 0.1': values})
     described |= dict(link_order=order)                       # sample.py --link reads it
