@@ -1,5 +1,5 @@
 # SPIN against three past selves on the toy data: data above every self (--league=ordered: later selves above earlier).
-# 2 CPU cores under other load, 26 min: true quality 0.40 -> 0.55 (1 seed); ordered 0.33 +- 0.16 (3 seeds)
+# 2 CPU cores: 2.4 min, quality 0.38 -> 0.52 (one seed). H200 (results/toy_preference, 3 seeds): ordered 0.33 +- 0.16
 # python preference.py config/toy_spin_league.py      after: python train.py config/toy_start.py
 out_dir = 'out/toy_spin_league'
 method, init_from, opponents = 'spin', 'out/toy_start', 3

@@ -296,7 +296,7 @@ def test_iterations_on_disk_tell_everything():
 @pytest.mark.parametrize('changes', [{}, dict(moment_order=2, renormalize_over='batch')])
 def test_first_minibatch_of_ppo(tmp_path, changes):
     """Ratio 1, KL 0, value 0, each prompt's returns average 0; the gradient is that of -A q^m log p for token_order m,
-    for m = 0 PPO's bit for bit. Raw rewards lack 1 where an answer did not end. KL and first ratio are of the true log p.
+    for m = 0 PPO's bit for bit. Raw rewards lack 1 where an answer did not end. KL and first ratio: of the true log p.
     """
     lab, method = a_run(tmp_path, 'ppo', answers_per_prompt=6, **changes)
     batch, facts = method.collect(0, 0)
