@@ -1,5 +1,5 @@
 # T_0 on the embedded toy data, a first run for any CPU: 2 layers x 128 channels, bytes.
-# 2 CPU cores, 2 min (36k tok/s, 500 MiB). results/toy_taylor, 3 seeds: val_ce 0.237 +- 0.001, val_ce_link 0.237 +- 0.001
+# 2 CPU cores: 2 min, 500 MiB. results/toy_taylor (3 seeds): val_ce 0.237 +- 0.001, val_ce_link 0.237 +- 0.001
 # python train.py config/toy_t0.py
 out_dir = 'out/toy_t0'
 source = 'toy'

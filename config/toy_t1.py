@@ -1,5 +1,5 @@
 # T_1 on the embedded toy data, a first run for any CPU: 2 layers x 128 channels, bytes.
-# 2 CPU cores, 2 min (36k tok/s, 510 MiB). results/toy_taylor, 3 seeds: val_ce 0.259 +- 0.007, val_ce_link 0.255 +- 0.010
+# 2 CPU cores: 2 min, 510 MiB. results/toy_taylor (3 seeds): val_ce 0.259 +- 0.007, val_ce_link 0.255 +- 0.010
 # python train.py config/toy_t1.py
 out_dir = 'out/toy_t1'
 source = 'toy'
